@@ -1,0 +1,231 @@
+"""One ONNX emitter per operation of `ptq/graph/ops.py`, and the builder they write to."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, fx, nn
+
+from ptq.graph.ops import find_op
+from ptq.quant.affine import QParams
+from ptq.quant.fake_quant import integer_codes
+
+
+class Builder:
+    """Collects nodes and initializers of one ONNX graph; `names` maps each FX node to its (float) tensor."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm = gm
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: dict[str, onnx.TensorProto] = {}
+        self.names: dict[fx.Node, str] = {}
+
+    def add(self, op: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        """Appends a node and returns the name of its output."""
+        self.nodes.append(helper.make_node(op, inputs, [output], name=f"{output}/{op}", **attributes))
+        return output
+
+    def constant(self, name: str, array: np.ndarray) -> str:
+        """Adds an initializer and returns its name."""
+        self.initializers[name] = numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name)
+        return name
+
+    def int4(self, name: str, codes: np.ndarray) -> str:
+        """Adds an INT4 initializer, two codes a byte, the first in the low half."""
+        flat = codes.astype(np.int8).reshape(-1)
+        flat = np.append(flat, np.int8(0)) if flat.size % 2 else flat
+        packed = ((flat[0::2] & 0xF) | ((flat[1::2] & 0xF) << 4)).astype(np.uint8)
+        self.initializers[name] = helper.make_tensor(name, TensorProto.INT4, codes.shape, packed.tobytes(), raw=True)
+        return name
+
+    def module(self, node: fx.Node) -> Any:
+        """The module a node calls."""
+        return self.gm.get_submodule(str(node.target))
+
+    def inputs(self, node: fx.Node) -> list[str]:
+        """The tensors a node reads, in argument order (x + x reads one twice)."""
+        flat: list[fx.Node] = []
+        fx.map_arg((node.args, node.kwargs), lambda n: flat.append(n))
+        return [self.names[n] for n in flat]
+
+
+def _weight(b: Builder, node: fx.Node, transpose: bool = False) -> str:
+    """The layer's weight in float: integer codes and DequantizeLinear, or float where it is not quantized.
+
+    Codes of up to four bits are stored as INT4 and widened by Cast: onnxruntime folds the Cast and runs its 8-bit kernels,
+    which it does not do for INT4 behind DequantizeLinear itself.
+    """
+    path, layer = str(node.target), b.module(node)
+    held = integer_codes(layer, "weight")
+    if held is None:
+        weight = layer.weight.detach().cpu().numpy()
+        return b.constant(f"{path}.weight", weight.T if transpose else weight)
+    codes, q = held[0].cpu().numpy(), held[1]
+    codes = codes.T if transpose else codes
+    if q.spec.bits <= 4:
+        packed = b.int4(f"{path}.weight.int4", codes)
+        stored = b.add("Cast", [packed], f"{path}.weight.codes", to=TensorProto.INT8)
+    else:
+        stored = b.constant(f"{path}.weight.codes", codes.astype(np.int8))
+    return _dequantize(b, stored, f"{path}.weight", q, np.int8, axis=1 if transpose else 0)
+
+
+def _bias(b: Builder, node: fx.Node) -> list[str]:
+    """The layer's bias, as a list of no or one tensor; int32 codes where it is quantized."""
+    path, layer = str(node.target), b.module(node)
+    if layer.bias is None:
+        return []
+    held = integer_codes(layer, "bias")
+    if held is None:
+        return [b.constant(f"{path}.bias", layer.bias.detach().cpu().numpy())]
+    codes = b.constant(f"{path}.bias.codes", held[0].cpu().numpy().astype(np.int32))
+    return [_dequantize(b, codes, f"{path}.bias", held[1], None, axis=0)]
+
+
+def _dequantize(b: Builder, codes: str, output: str, q: QParams, zero_type: Any, axis: int) -> str:
+    inputs = [codes, b.constant(f"{output}.scale", q.scale.detach().cpu().numpy())]
+    if zero_type is not None:  # int32 codes have none by the standard; for weights onnxruntime's Gemm fusion wants it
+        inputs.append(b.constant(f"{output}.zero_point", q.zero_point.cpu().numpy().astype(zero_type)))
+    return b.add("DequantizeLinear", inputs, output, axis=axis)
+
+
+def quantize_value(b: Builder, x: str, name: str, q: QParams, bounds: tuple[int, int]) -> str:
+    """QuantizeLinear, a Clip of the codes to `bounds` where the 8-bit container reaches further, DequantizeLinear."""
+    scale = b.constant(f"{name}.scale", q.scale.detach().cpu().numpy())
+    zero = b.constant(f"{name}.zero_point", q.zero_point.cpu().numpy().astype(np.uint8))
+    low, high = bounds
+    whole = (low, high) == (0, 255)
+    codes = b.add("QuantizeLinear", [x, scale, zero], f"{name}.codes" if whole else f"{name}.wide")
+    if not whole:
+        ends = [b.constant(f"codes.{v}", np.array(v, dtype=np.uint8)) for v in (low, high)]
+        codes = b.add("Clip", [codes, *ends], f"{name}.codes")
+    return b.add("DequantizeLinear", [codes, scale, zero], name)
+
+
+def absorbed_pad(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node is a zero padding of height and width that the convolutions reading it can do themselves."""
+    op = find_op(gm, node)
+    if op is None or op.name != "pad" or any(gm.get_submodule(str(node.target)).pads[4:]):
+        return False
+    users = [find_op(gm, u) for u in node.users]
+    return all(u is not None and u.name == "conv" for u in users)
+
+
+def _conv(b: Builder, node: fx.Node, out: str) -> str:
+    m, source = b.module(node), node.all_input_nodes[0]
+    left, right, top, bottom = 0, 0, 0, 0
+    if absorbed_pad(b.gm, source):
+        left, right, top, bottom = (*b.module(source).pads, 0, 0)[:4]
+        source = source.all_input_nodes[0]
+    ph, pw = m.padding
+    return b.add(
+        "Conv", [b.names[source], _weight(b, node), *_bias(b, node)], out, kernel_shape=list(m.kernel_size),
+        strides=list(m.stride), dilations=list(m.dilation), group=m.groups,
+        pads=[top + ph, left + pw, bottom + ph, right + pw],
+    )  # fmt: skip
+
+
+def _linear(b: Builder, node: fx.Node, out: str) -> str:
+    x = b.inputs(node)[0]
+    if len(node.meta["shape"]) == 1:
+        return b.add("Gemm", [x, _weight(b, node), *_bias(b, node)], out, transB=1)
+    bias = _bias(b, node)
+    product = b.add("MatMul", [x, _weight(b, node, transpose=True)], f"{out}.product" if bias else out)
+    return b.add("Add", [product, *bias], out) if bias else product
+
+
+def _pair(v: Any) -> list[int]:
+    return [v, v] if isinstance(v, int) else list(v)
+
+
+def _max_pool(b: Builder, node: fx.Node, out: str) -> str:
+    m = b.module(node)
+    pads = _pair(m.padding)
+    return b.add(
+        "MaxPool", b.inputs(node), out, kernel_shape=_pair(m.kernel_size), strides=_pair(m.stride),
+        dilations=_pair(m.dilation), pads=pads + pads, ceil_mode=int(m.ceil_mode),
+    )  # fmt: skip
+
+
+def _avg_pool(b: Builder, node: fx.Node, out: str) -> str:
+    m, pads = b.module(node), _pair(b.module(node).padding)
+    if _pair(m.kernel_size) == list(node.all_input_nodes[0].meta["shape"][-2:]) and not any(pads):
+        return b.add("GlobalAveragePool", b.inputs(node), out)
+    return b.add(
+        "AveragePool", b.inputs(node), out, kernel_shape=_pair(m.kernel_size), strides=_pair(m.stride),
+        pads=pads + pads, ceil_mode=int(m.ceil_mode), count_include_pad=int(m.count_include_pad),
+    )  # fmt: skip
+
+
+def _pad(b: Builder, node: fx.Node, out: str) -> str:
+    pads = [*b.module(node).pads, 0, 0, 0, 0][:6]
+    left, right, top, bottom, front, back = pads
+    ends = np.array([0, front, top, left, 0, back, bottom, right], dtype=np.int64)
+    return b.add("Pad", [*b.inputs(node), b.constant(f"{out}.pads", ends)], out)
+
+
+def _slice(b: Builder, node: fx.Node, out: str) -> str:
+    columns = zip(*b.module(node).cuts)  # dims, starts, stops, steps
+    dims, starts, stops, steps = (np.array(c, dtype=np.int64) for c in columns)
+    parts = [("starts", starts), ("ends", stops), ("axes", dims), ("steps", steps)]
+    return b.add("Slice", [*b.inputs(node), *(b.constant(f"{out}.{k}", v) for k, v in parts)], out)
+
+
+def _reshape(b: Builder, node: fx.Node, out: str) -> str:
+    tail = b.module(node).tail
+    if len(tail) == 1:
+        return b.add("Flatten", b.inputs(node), out, axis=1)
+    return b.add("Reshape", [*b.inputs(node), b.constant(f"{out}.shape", np.array([0, *tail], dtype=np.int64))], out)
+
+
+def _upsample(b: Builder, node: fx.Node, out: str) -> str:
+    factor = float(b.module(node).scale_factor)
+    scales = b.constant(f"{out}.scales", np.array([1, 1, factor, factor], dtype=np.float32))
+    return b.add(
+        "Resize", [*b.inputs(node), "", scales], out, mode="nearest",
+        coordinate_transformation_mode="asymmetric", nearest_mode="floor",
+    )  # fmt: skip
+
+
+def _batch_norm(b: Builder, node: fx.Node, out: str) -> str:
+    m, path = b.module(node), str(node.target)
+    ones = torch.ones_like(m.running_var)
+    parts: list[tuple[str, Tensor]] = [
+        ("weight", m.weight if m.weight is not None else ones), ("bias", m.bias if m.bias is not None else 0 * ones),
+        ("mean", m.running_mean), ("var", m.running_var),
+    ]  # fmt: skip
+    names = [b.constant(f"{path}.{k}", v.detach().cpu().numpy()) for k, v in parts]
+    return b.add("BatchNormalization", [*b.inputs(node), *names], out, epsilon=m.eps)
+
+
+def _relu6(b: Builder, node: fx.Node, out: str) -> str:
+    ends = [b.constant(f"float.{v}", np.array(v, dtype=np.float32)) for v in (0, 6)]
+    return b.add("Clip", [*b.inputs(node), *ends], out)
+
+
+def _plain(op: str, attributes: Callable[[nn.Module], dict[str, Any]] = lambda m: {}) -> Callable[..., str]:
+    def emit(b: Builder, node: fx.Node, out: str) -> str:
+        given = attributes(b.module(node)) if node.op == "call_module" else {}
+        return b.add(op, b.inputs(node), out, **given)
+
+    return emit
+
+
+def _concat(b: Builder, node: fx.Node, out: str) -> str:
+    return b.add("Concat", b.inputs(node), out, axis=1)
+
+
+# Operation name → emitter `(builder, node, output name) -> output name`. "fake_quant" is the exporter's own.
+EMITTERS: dict[str, Callable[[Builder, fx.Node, str], str]] = {
+    "conv": _conv, "linear": _linear, "relu": _plain("Relu"), "relu6": _relu6, "max_pool": _max_pool,
+    "upsample_nearest": _upsample, "pad": _pad, "slice": _slice, "reshape": _reshape,
+    "permute": _plain("Transpose", lambda m: {"perm": list(m.dims)}),  # type: ignore[arg-type]
+    "avg_pool": _avg_pool, "add": _plain("Add"), "mul": _plain("Mul"), "concat": _concat,
+    "batch_norm": _batch_norm, "batch_norm_1d": _batch_norm,
+    "leaky_relu": _plain("LeakyRelu", lambda m: {"alpha": float(m.negative_slope)}),  # type: ignore[arg-type]
+    "sigmoid": _plain("Sigmoid"), "hard_sigmoid": _plain("HardSigmoid", lambda m: {"alpha": 1 / 6, "beta": 0.5}),
+    "tanh": _plain("Tanh"), "gelu": _plain("Gelu", lambda m: {"approximate": m.approximate}),  # type: ignore[dict-item]
+}  # fmt: skip

@@ -1,0 +1,156 @@
+"""The gate: runs an exported file in onnxruntime and compares it with the simulation, tensor by tensor.
+
+Tensor by tensor, each operation of the simulation is given the runtime's own inputs, so that one difference is not counted
+again in every tensor behind it; end to end, both run on the images alone.
+
+Bounds, and where they come from: one step and 1 in 1,000 elements per tensor, since float sums in another order than the
+integer kernels' move a value across a rounding border now and then (measured: at most 6 in 100,000); 99 % equal classes end
+to end, since a few such steps can tip an image whose two best classes are nearly equal.
+"""
+
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor, fx
+
+from ptq.errors import ExportError
+from ptq.quant.affine import dequantize, quantize
+from ptq.quant.fake_quant import ActFakeQuant
+
+_STEPS, _SHARE, _AGREEMENT = 1, 1e-3, 0.99
+_INTEGER = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "ConvInteger"}
+_FLOAT = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
+
+
+@dataclass
+class TensorParity:
+    """One tensor's comparison. steps: largest difference in codes; differing: elements that differ, of `elements`."""
+
+    value: str
+    steps: int = 0
+    differing: int = 0
+    elements: int = 0
+
+    @property
+    def within(self) -> bool:
+        """Inside the bounds; two elements may always differ, for tensors too small for a share to mean anything."""
+        return self.steps <= _STEPS and self.differing <= max(2, _SHARE * self.elements)
+
+
+def open_session(model: Path | bytes, optimized: Path | None = None) -> onnxruntime.InferenceSession:
+    """An onnxruntime session on the CPU with all optimizations, as a user runs it.
+
+    Raises:
+        ExportError: onnxruntime refuses the model.
+    """
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 3
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    try:
+        source = model if isinstance(model, bytes) else str(model)
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as e:  # onnxruntime raises classes of its own without a common base
+        raise ExportError(f"onnxruntime does not load the exported model: {str(e).splitlines()[0]}") from e
+
+
+def compare(gm: fx.GraphModule, path: Path, images: Tensor, batch_size: int) -> dict[str, Any]:
+    """The comparison of a file with the simulation `gm` on images [N, C, H, W], as plain data; `passed` says how it ended."""
+    tensors, kernels = _per_tensor(gm, path, images, batch_size), count_kernels(path)
+    simulated = torch.cat([_run(gm, x) for x in images.split(batch_size)])
+    session = open_session(path)
+    real = torch.cat([torch.from_numpy(session.run(None, {"input": x.numpy()})[0]) for x in images.split(batch_size)])
+    flat = [r.reshape(len(r), r.shape[1], -1) for r in (simulated, real)]
+    differing = int((flat[0].argmax(1) != flat[1].argmax(1)).flatten(1).any(1).sum())
+    noise = float((real - simulated).double().square().sum())
+    sqnr = None if noise == 0 else round(10 * float(np.log10(float(simulated.double().square().sum()) / noise)), 2)
+    failure = _failure(tensors, differing, len(images), bool(torch.isfinite(real).all()))
+    return {
+        "runtime": f"onnxruntime {onnxruntime.__version__}", "images": len(images), "passed": failure is None,
+        "failure": failure, "top1_agreement": 1 - differing / len(images), "sqnr_db": sqnr,
+        "worst_steps": max((t.steps for t in tensors), default=0),
+        "tensors": [asdict(t) for t in tensors], **kernels,
+    }  # fmt: skip
+
+
+def _failure(tensors: list[TensorParity], differing: int, count: int, finite: bool) -> str | None:
+    first = next((t for t in tensors if not t.within), None)
+    if first is not None:
+        return (
+            f"tensor {first.value} is the first to diverge: {first.differing} of {first.elements} elements differ, "
+            f"by up to {first.steps} steps"
+        )
+    if not finite:
+        return "the exported network's output is not finite"
+    if differing > max(1, (1 - _AGREEMENT) * count):
+        return f"the class differs on {differing} of {count} images, though every tensor agrees given equal inputs"
+    return None
+
+
+def _run(gm: fx.GraphModule, x: Tensor) -> Tensor:
+    device = next((p.device for p in gm.parameters()), torch.device("cpu"))
+    with torch.no_grad():
+        return gm(x.to(device)).cpu()
+
+
+class _Forced(fx.Interpreter):
+    """Runs the simulation, replacing each quantized value by the runtime's codes after comparing the two."""
+
+    def __init__(self, gm: fx.GraphModule, codes: dict[str, np.ndarray], found: dict[str, TensorParity]) -> None:
+        super().__init__(gm)
+        self.codes, self.found = codes, found
+
+    def run_node(self, n: fx.Node) -> Any:
+        module = self.module.get_submodule(str(n.target)) if n.op == "call_module" else None
+        if not isinstance(module, ActFakeQuant):
+            return super().run_node(n)
+        name = n.meta["value"]
+        q, x = module.qparams, self.env[n.all_input_nodes[0]]
+        theirs = torch.from_numpy(self.codes[name].astype(np.int32)).to(x.device)
+        gap = (quantize(x, q) - theirs).abs()
+        entry = self.found.setdefault(name, TensorParity(name))
+        entry.steps = max(entry.steps, int(gap.max()))
+        entry.differing += int((gap > 0).sum())
+        entry.elements += gap.numel()
+        return dequantize(theirs, q)
+
+
+def _per_tensor(gm: fx.GraphModule, path: Path, images: Tensor, batch_size: int) -> list[TensorParity]:
+    model = onnx.load(str(path))
+    inside = {name for node in model.graph.node for name in node.output}
+    values = [
+        n.meta["value"] for n in gm.graph.nodes if n.op == "call_module" and f"{n.meta.get('value')}.codes" in inside
+    ]
+    kinds = {info.name: info for info in onnx.shape_inference.infer_shapes(model).graph.value_info}
+    model.graph.output.extend(kinds[f"{v}.codes"] for v in values)
+    session = open_session(model.SerializeToString())
+    wanted = [f"{v}.codes" for v in values]
+    found: dict[str, TensorParity] = {}
+    device = next((p.device for p in gm.parameters()), torch.device("cpu"))
+    with torch.no_grad():
+        for x in images.split(batch_size):
+            codes = dict(zip(values, session.run(wanted, {"input": x.numpy()}))) if wanted else {}
+            _Forced(gm, codes, found).run(x.to(device))
+    return list(found.values())
+
+
+def count_kernels(path: Path) -> dict[str, Any]:
+    """How many weighted layers onnxruntime runs in integer and in float, from the graph it optimized; float ones by name."""
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        open_session(path, optimized)
+        nodes = onnx.load(str(optimized)).graph.node
+    kinds = Counter(n.op_type for n in nodes)
+    return {
+        "integer_layers": sum(kinds[k] for k in _INTEGER),
+        "float_layers": [n.name for n in nodes if n.op_type in _FLOAT],
+        "kernels": dict(sorted(kinds.items())),
+    }

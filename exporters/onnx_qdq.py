@@ -1,0 +1,140 @@
+"""ONNX with QuantizeLinear/DequantizeLinear: plain operators that a stock runtime opens and runs in integer kernels.
+
+    op ──► QuantizeLinear(u8) ──► [Clip to the codes] ──► DequantizeLinear ──► op
+
+Every quantized tensor passes through one such pair; a ReLU or ReLU6 is part of the clipping, exactly, because rounding is
+monotone: Q(min(max(x, 0), 6)) = min(max(Q(x), Q(0)), Q(6)). Weights are integer initializers, biases int32 on the
+accumulator's grid. Opset 21; the batch size is free.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import onnx
+import torch
+from onnx import TensorProto, helper
+from ptq.exporters._onnx_ops import EMITTERS, Builder, absorbed_pad, quantize_value
+from ptq.exporters._parity import compare
+from torch import Tensor, fx
+
+from ptq.artifact import QuantizedModel
+from ptq.contracts import Presets
+from ptq.errors import ExportError
+from ptq.graph.insert import quantizer_of
+from ptq.graph.ops import find_op, input_node, output_node
+from ptq.graph.plan import QuantPlan, merged_clamp
+from ptq.quant.affine import QParams, quantize
+from ptq.quant.fake_quant import ActFakeQuant
+
+__all__ = ["OnnxQdq"]
+
+_OPSET, _IR = 21, 10  # the first opset with INT4, and its file format
+
+
+@dataclass(frozen=True)
+class OnnxQdq:
+    """QDQ ONNX for onnxruntime. batch_size: images at a time when the file is verified."""
+
+    batch_size: int = 64
+
+    suffix: ClassVar[str] = ".onnx"
+    presets: ClassVar[Presets] = {}
+
+    def check(self, graph: fx.GraphModule, plan: QuantPlan) -> None:
+        """Raises ExportError, naming the value, if an operation has no ONNX form here."""
+        for node in graph.graph.nodes:
+            op = find_op(graph, node)
+            if op is not None and op.role != "quant" and op.name not in EMITTERS:
+                raise ExportError(f"{node.meta.get('value')}: operation {op.name} has no ONNX form in this exporter")
+
+    def export(self, qm: QuantizedModel, path: Path) -> Path:
+        """Writes `path`. The file passes the ONNX checker's full check and strict shape inference.
+
+        Raises:
+            ExportError: the network cannot be written or the written model is not valid ONNX.
+        """
+        model = build_model(qm)
+        try:
+            onnx.checker.check_model(model, full_check=True)
+            onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as e:
+            raise ExportError(f"the written model is not valid ONNX: {e}") from e
+        path.write_bytes(model.SerializeToString(deterministic=True))
+        return path
+
+    def verify(self, qm: QuantizedModel, path: Path, images: Tensor) -> dict[str, Any]:
+        """Runs the file in onnxruntime and compares it with the simulation; see `_parity.compare`."""
+        return compare(qm.graph, path, images, self.batch_size)
+
+    @classmethod
+    def smoke(cls, folder: Path) -> Self:
+        """Nothing to shorten."""
+        return cls()
+
+
+def build_model(qm: QuantizedModel) -> onnx.ModelProto:
+    """The ONNX model of a quantized network."""
+    gm = qm.graph
+    b = Builder(gm)
+    source, result = input_node(gm), output_node(gm)
+    b.names[source] = "input"
+    for node in gm.graph.nodes:
+        if node.op in ("call_module", "call_function"):
+            _emit(b, qm.plan, node, "output" if node is result else _tensor_name(node))
+    if b.names[result] != "output":
+        b.add("Identity", [b.names[result]], "output")
+    graph = helper.make_graph(
+        b.nodes, "ptq",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["N", *source.meta["shape"]])],
+        [helper.make_tensor_value_info("output", TensorProto.FLOAT, ["N", *result.meta["shape"]])],
+        list(b.initializers.values()),
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], producer_name="ptq")
+    model.ir_version = _IR
+    return model
+
+
+def _tensor_name(node: fx.Node) -> str:
+    return node.meta["value"] or f"{node.name}.raw"
+
+
+def _emit(b: Builder, plan: QuantPlan, node: fx.Node, out: str) -> None:
+    op = find_op(b.gm, node)
+    if op is None:
+        raise ExportError(f"{node.name}: unknown operation")
+    if op.role == "quant":
+        module, raw = b.module(node), node.all_input_nodes[0]
+        b.names[node] = quantize_value(b, b.names[raw], out, module.qparams, _bounds(b.gm, raw, module.qparams))
+    elif absorbed_pad(b.gm, node):
+        return
+    elif op.role == "clamp" and _merges(b.gm, node):
+        b.names[node] = b.names[node.all_input_nodes[0]]
+    else:
+        tied = quantizer_of(b.gm, node.meta["value"]) if node.meta["value"] in plan.values else None
+        raw = EMITTERS[op.name](b, node, out if tied is None else f"{out}.raw")
+        b.names[node] = raw if tied is None else _on_grid(b, raw, out, tied.qparams)
+
+
+def _on_grid(b: Builder, raw: str, out: str, q: QParams) -> str:
+    """A moved value, on its source's grid: the pair around it lets the runtime move the codes instead."""
+    return quantize_value(b, raw, out, q, (q.spec.qmin, q.spec.qmax))
+
+
+def _merges(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a ReLU or ReLU6 is done by the clipping of the quantizer behind it."""
+    users = list(node.users)
+    behind = len(users) == 1 and users[0].op == "call_module" and gm.get_submodule(str(users[0].target))
+    return isinstance(behind, ActFakeQuant) and merged_clamp(gm, node.all_input_nodes[0]) is node
+
+
+def _bounds(gm: fx.GraphModule, raw: fx.Node, q: QParams) -> tuple[int, int]:
+    """The codes a quantizer may yield, narrowed by a merged ReLU or ReLU6."""
+    op = find_op(gm, raw)
+    low, high = q.spec.qmin, q.spec.qmax
+    if op is not None and op.role == "clamp":
+        ends = torch.tensor([0.0, 6.0], device=q.scale.device)
+        zero, six = quantize(ends, q).tolist()
+        low = max(low, zero)
+        high = min(high, six) if op.name == "relu6" else high
+    return low, high

@@ -1,0 +1,29 @@
+"""Post-training quantization of PyTorch vision networks, without data.
+
+import ptq
+qm = ptq.quantize(model, bits="w4a4", data="genie", input_shape=(3, 32, 32))
+qm.save("out")
+ptq.export(qm, "onnx_qdq", "out/model.onnx")
+qm = ptq.load("out")
+"""
+
+from ptq.artifact import QuantizedModel
+from ptq.errors import (
+    ArtifactError,
+    CalibrationError,
+    ExportError,
+    ModelError,
+    PluginError,
+    PtqError,
+    ReconstructionError,
+    SpecError,
+)
+from ptq.pipeline import export, quantize
+from ptq.spec import BitConfig
+
+load = QuantizedModel.load
+
+__all__ = [
+    "ArtifactError", "BitConfig", "CalibrationError", "ExportError", "ModelError", "PluginError", "PtqError",
+    "QuantizedModel", "ReconstructionError", "SpecError", "export", "load", "quantize",
+]  # fmt: skip

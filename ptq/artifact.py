@@ -1,0 +1,198 @@
+"""A quantized network on disk: `manifest.json` and `tensors.safetensors`, written whole or not at all, read without pickle."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, fx
+
+from ptq.errors import ArtifactError
+from ptq.graph.ops import weighted_nodes
+from ptq.graph.plan import QuantPlan
+from ptq.graph.serialize import graph_from_json, graph_to_json
+from ptq.quant.affine import QParams
+from ptq.quant.fake_quant import ActFakeQuant, integer_codes
+
+SCHEMA = 1
+MANIFEST, TENSORS = "manifest.json", "tensors.safetensors"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that is known of a run, as plain data; its `recipe` repeats the run.
+
+    input_shape: (C, H, W). mean, std: the normalization inputs carry, or None. recipe: resolved options and seed.
+    ranges: grid of every quantized value. blocks: how each block's reconstruction ended. metrics: figures measured on the
+    calibration images or on labelled pictures. seconds: per stage. notes: what the user was told.
+    """
+
+    source: str
+    input_shape: tuple[int, int, int]
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    bits: str
+    recipe: dict[str, Any]
+    versions: dict[str, str]
+    ranges: dict[str, Any] = field(default_factory=dict)
+    blocks: list[dict[str, Any]] = field(default_factory=list)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    schema: int = SCHEMA
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """The inverse of `asdict`; keys it does not know are ignored."""
+        known = {f.name: data[f.name] for f in fields(cls) if f.name in data}
+        for name in ("input_shape", "mean", "std"):
+            known[name] = tuple(known[name]) if known[name] is not None else None
+        return cls(**known)
+
+
+@dataclass(frozen=True)
+class QuantizedModel:
+    """A quantized network.
+
+    graph: the hardened student, a runnable module `[B, C, H, W] → …` that computes what exported files do.
+    plan: which tensor has which grid. manifest: how it came about.
+    images: the calibration images `[N, C, H, W]` of the run that made it; None when loaded. Never written to disk.
+    """
+
+    graph: fx.GraphModule
+    plan: QuantPlan
+    manifest: Manifest
+    images: Tensor | None = None
+
+    def integer_weights(self) -> Mapping[str, tuple[Tensor, QParams]]:
+        """Module path → (codes int32, grid) of every quantized weight."""
+        paths = [str(n.target) for n in weighted_nodes(self.graph)]
+        held = {path: integer_codes(self.graph.get_submodule(path), "weight") for path in paths}
+        return {path: h for path, h in held.items() if h is not None}
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Writes the network into `folder`, which appears whole or not at all.
+
+        Raises:
+            ArtifactError: the folder exists and `overwrite` is false, or it cannot be written.
+        """
+        with whole_folder(Path(folder), overwrite) as partial:
+            self.write(partial)
+
+    def write(self, folder: Path) -> None:
+        """Writes manifest and tensors into an existing folder."""
+        rows = {"manifest": asdict(self.manifest), "plan": self.plan.to_json(), "graph": graph_to_json(self.graph)}
+        (folder / MANIFEST).write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        state = {k: v.detach().cpu().contiguous().clone() for k, v in self.graph.state_dict().items()}
+        save_file(state, str(folder / TENSORS))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Reads what `save` wrote; the network runs bit-equal to the one saved. Reads JSON and safetensors only.
+
+        Raises:
+            ArtifactError: no such folder, or its files are damaged or of another kind.
+        """
+        folder = Path(folder)
+        data = _read_manifest(folder)
+        try:
+            manifest, plan = Manifest.from_json(data["manifest"]), QuantPlan.from_json(data["plan"])
+            graph = graph_from_json(data["graph"], plan)
+            graph.load_state_dict(load_file(str(folder / TENSORS)), assign=True)
+            graph.requires_grad_(False)
+        except (OSError, SafetensorError) as e:
+            raise ArtifactError(f"{folder / TENSORS} cannot be read: {e}") from e
+        except Exception as e:  # a damaged manifest can fail anywhere in rebuilding the network
+            raise ArtifactError(
+                f"{folder} does not hold a network this version understands: {type(e).__name__}: {_line(e)}"
+            ) from e
+        return cls(graph, plan, manifest)
+
+
+def _line(e: Exception) -> str:
+    return (str(e).splitlines() or [""])[0]
+
+
+def _read_manifest(folder: Path) -> Mapping[str, Any]:
+    path = folder / MANIFEST
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise ArtifactError(
+            f"{folder} holds no {MANIFEST}; give a folder that 'ptq quantize -o' or save() wrote"
+        ) from e
+    except (OSError, ValueError, RecursionError) as e:
+        raise ArtifactError(f"{path} cannot be read: {_line(e)}") from e
+    if not isinstance(data, dict) or not isinstance(data.get("manifest"), dict):
+        raise ArtifactError(f"{path} is not a manifest of this program")
+    if data["manifest"].get("schema") != SCHEMA:
+        raise ArtifactError(f"{path} has schema {data['manifest'].get('schema')!r}; this version reads {SCHEMA}")
+    return data
+
+
+def value_ranges(graph: fx.GraphModule) -> dict[str, Any]:
+    """Every activation grid: scale, zero point, and the real values of its ends."""
+    rows = {}
+    for node in graph.graph.nodes:
+        module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, ActFakeQuant):
+            s, z, spec = float(module.scale), int(module.qparams.zero_point), module.spec
+            ends = ((spec.qmin - z) * s, (spec.qmax - z) * s)
+            rows[node.meta["value"]] = {"bits": spec.bits, "scale": s, "zero_point": z, "min": ends[0], "max": ends[1]}
+    return rows
+
+
+def integer_bytes(qm: QuantizedModel) -> int:
+    """Bytes of the quantized weights alone, packed at their widths."""
+    return sum(-(-codes.numel() * q.spec.bits // 8) for codes, q in qm.integer_weights().values())
+
+
+def check_free(folder: Path, overwrite: bool) -> None:
+    """Raises ArtifactError if `folder` must not be written: called before work, so that none is lost."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    if folder.exists() and not folder.is_dir():
+        raise ArtifactError(f"{folder} is a file; name a folder")
+    if folder.exists() and not overwrite:
+        raise ArtifactError(f"{folder} exists; name another folder or overwrite it with --force (overwrite=True)")
+    if folder.exists() and not (folder / MANIFEST).is_file():
+        raise ArtifactError(f"{folder} was not written by this program (no {MANIFEST}); it is not overwritten")
+
+
+@contextmanager
+def whole_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yields a hidden folder to write into; it takes the name `folder` at the end, or vanishes if the body raises."""
+    check_free(folder, overwrite)
+    folder = folder.absolute()
+    partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
+    old = folder.parent / f".{folder.name}.old-{os.getpid()}"
+    try:
+        partial.mkdir(parents=True)
+    except OSError as e:
+        raise ArtifactError(f"{folder} cannot be written: {e}") from e
+    try:
+        yield partial
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of what results depend on."""
+
+    return {
+        "ptq": version("ptq"),
+        "torch": torch.__version__,
+        **{p: version(p) for p in ("numpy", "onnx", "onnxruntime")},
+    }

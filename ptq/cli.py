@@ -1,0 +1,365 @@
+"""The command line: `ptq quantize`, `inspect`, `export`, `eval`, `list`, `demo`."""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
+
+from ptq import plugins
+from ptq.artifact import QuantizedModel, check_free, integer_bytes, whole_folder
+from ptq.contracts import EFFORTS, Feedback
+from ptq.errors import ArtifactError, ExportError, PtqError, ReconstructionError, SpecError
+from ptq.evaluate import onnx_runner, runner, top1
+from ptq.graph.fold_bn import fold_batch_norm
+from ptq.graph.plan import make_plan
+from ptq.graph.trace import trace
+from ptq.loading import load_model
+from ptq.pictures import Pictures, open_pictures
+from ptq.pipeline import export, proof_images, quantize
+from ptq.quant.ranges import ESTIMATORS
+from ptq.report import Section, markdown, plan_sections, print_sections, run_sections
+from ptq.spec import EDGES, BitConfig, PlanRules
+
+_CPU = torch.device("cpu")
+_RECIPE = ("bits", "data", "rounding", "ranges", "edges", "adds", "seed")  # what --recipe takes over from a manifest
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command. Exit status: 0; 2 for a usage error or bad input; 1 where the work itself failed; 130 interrupted."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO if args.debug else logging.WARNING, format="%(name)s: %(message)s")
+    try:
+        return args.run(args)
+    except PtqError as e:
+        if args.debug:
+            raise
+        print(f"ptq: {' '.join(str(e).split())}", file=sys.stderr)
+        return 1 if isinstance(e, ExportError | ReconstructionError) else 2
+    except KeyboardInterrupt:
+        print("ptq: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    except (OSError, MemoryError, torch.OutOfMemoryError) as e:
+        if args.debug:
+            raise
+        print(f"ptq: {type(e).__name__}: {' '.join(str(e).split())}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ptq", description="Quantizes trained float networks to integers, without data.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    commands = parser.add_subparsers(required=True, metavar="command")
+    for name, build, text in (
+        ("quantize", _quantize_options, "a trained float network → a verified integer network"),
+        ("inspect", _inspect_options, "print what would be quantized, and how, without doing it"),
+        ("export", _export_options, "write a quantized network for a target, and verify the file"),
+        ("eval", _eval_options, "accuracy of a quantized network and of its ONNX file, side by side"),
+        ("list", _list_options, "the data sources, rounding methods and targets there are"),
+        ("demo", _demo_options, "train a small network on handwritten digits and quantize it"),
+    ):
+        sub = commands.add_parser(
+            name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        build(sub)
+        sub.add_argument("--debug", action="store_true", help="show tracebacks and log messages")
+    return parser
+
+
+def _numbers(kind: type) -> Any:
+    def parse(text: str) -> tuple[Any, ...]:
+        try:
+            return tuple(kind(part) for part in text.split(","))
+        except ValueError as e:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers separated by commas") from e
+
+    return parse
+
+
+def _model_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "model", type=Path, help="state dict (.pt, .pth, .safetensors), or a pickled module with --trust-pickle"
+    )
+    p.add_argument(
+        "--input-shape", type=_numbers(int), metavar="C,H,W", help="channels, height and width in pixels (required)"
+    )
+    p.add_argument(
+        "--arch",
+        help="what builds the network: package.module:factory, path/to/file.py:factory, torchvision:resnet18; literal arguments may follow, file.py:Net(20)",
+    )
+    p.add_argument("--trust-pickle", action="store_true", help="unpickle a whole module; this runs code from the file")
+    p.add_argument(
+        "--bits", help="w<weights>a<activations>, 2 to 8 bits each; w4 leaves activations float; default w8a8"
+    )
+    p.add_argument(
+        "--edges",
+        choices=EDGES,
+        help="first and last layer: brecq, qdrop keep 8 bits there, all does not; default brecq",
+    )
+    p.add_argument("--adds", type=int, metavar="BITS", help="bits of tensors that enter no weighted layer; default 8")
+
+
+def _quantize_options(p: argparse.ArgumentParser) -> None:
+    _model_options(p)
+    p.add_argument("-o", "--output", type=Path, required=True, help="folder to write; appears whole or not at all")
+    p.add_argument(
+        "--data",
+        help="calibration images: genie, gaussian, images:PATH; options follow a colon, genie:steps=500,count=256; default genie",
+    )
+    p.add_argument("--rounding", help="genie_m or nearest, with options likewise; default genie_m")
+    p.add_argument("--ranges", choices=sorted(ESTIMATORS), help="how scales are chosen; default lp")
+    p.add_argument(
+        "--effort",
+        choices=EFFORTS,
+        default="standard",
+        help="images and steps: quick minutes, standard, full the papers' numbers",
+    )
+    p.add_argument(
+        "--mean",
+        type=_numbers(float),
+        metavar="M,M,M",
+        help="normalization the inputs carry, (pixel/255 - mean)/std, per channel",
+    )
+    p.add_argument("--std", type=_numbers(float), metavar="S,S,S", help="see --mean")
+    p.add_argument("--seed", type=int, help="of every random choice; default 0")
+    p.add_argument("--device", default="cpu", help="where the work is done: cpu, cuda, cuda:1")
+    p.add_argument("--target", default="onnx_qdq", help="exporter; none writes no file for a runtime")
+    p.add_argument(
+        "--val", type=Path, help="labelled pictures for top-1: folder or .npz (x, y); never used to choose anything"
+    )
+    p.add_argument(
+        "--recipe",
+        type=Path,
+        metavar="MANIFEST",
+        help="take every option not given here from an earlier run's manifest.json",
+    )
+    p.add_argument("--force", action="store_true", help="overwrite an output folder of an earlier run")
+    p.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    p.add_argument("--json", action="store_true", help="print the closing figures as JSON on standard output")
+    p.set_defaults(run=_quantize)
+
+
+def _inspect_options(p: argparse.ArgumentParser) -> None:
+    _model_options(p)
+    p.set_defaults(run=_inspect)
+
+
+def _export_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("folder", type=Path, help="what 'ptq quantize -o' wrote")
+    p.add_argument("--target", default="onnx_qdq", help="exporter")
+    p.add_argument(
+        "-o", "--output", type=Path, help="file to write; default: model and the target's suffix, in the folder"
+    )
+    p.set_defaults(run=_export)
+
+
+def _eval_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("folder", type=Path, help="what 'ptq quantize -o' wrote")
+    p.add_argument("--val", type=Path, required=True, help="labelled pictures: folder or .npz (x, y)")
+    p.add_argument("--json", action="store_true", help="print the figures as JSON")
+    p.set_defaults(run=_eval)
+
+
+def _list_options(p: argparse.ArgumentParser) -> None:
+    p.set_defaults(run=_list)
+
+
+def _demo_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("folder", type=Path, nargs="?", default=Path("demo"), help="folder to work in")
+    p.set_defaults(run=_demo)
+
+
+def _settle(args: argparse.Namespace) -> None:
+    """Fills in what the command line left open: from the recipe, then the defaults."""
+    recipe: dict[str, Any] = {
+        "bits": "w8a8",
+        "data": "genie",
+        "rounding": "genie_m",
+        "ranges": "lp",
+        "edges": "brecq",
+        "adds": 8,
+        "seed": 0,
+    }
+    if getattr(args, "recipe", None) is not None:
+        recipe |= _read_recipe(args.recipe)
+    for name, setting in recipe.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, setting)
+    if args.input_shape is None:
+        raise SpecError("the input shape is missing; give --input-shape C,H,W, as in --input-shape 3,224,224")
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))["manifest"]
+        found = {name: manifest["recipe"][name] for name in _RECIPE}
+        return found | {name: manifest[name] and tuple(manifest[name]) for name in ("input_shape", "mean", "std")}
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ArtifactError(f"{path} is not a manifest of this program: {type(e).__name__}: {e}") from e
+
+
+@contextmanager
+def _shown(quiet: bool, console: Console):
+    """Feedback that draws progress bars with the time left; notes go above them."""
+    if quiet:
+        yield Feedback()
+        return
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, refresh_per_second=2, speed_estimate_period=60) as bars:
+        tasks: dict[str, Any] = {}
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield Feedback(progress, lambda text: bars.console.print(f"note: {text}"))
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    _settle(args)
+    check_free(args.output, args.force)
+    target = None if args.target == "none" else plugins.build("exporters", args.target)
+    model = load_model(args.model, args.arch, trust_pickle=args.trust_pickle)
+    console = Console(stderr=True)
+    common: dict[str, Any] = {
+        "input_shape": args.input_shape, "ranges": args.ranges, "edges": args.edges, "adds": args.adds,
+        "effort": args.effort, "target": target, "mean": args.mean, "std": args.std, "seed": args.seed,
+        "device": args.device, "source": f"{args.model.name}" + (f" ({args.arch})" if args.arch else ""),
+    }  # fmt: skip
+    pictures = _pictures(args)
+    with _shown(args.quiet, console) as feedback:
+        qm = quantize(model, args.bits, args.data, rounding=args.rounding, feedback=feedback, **common)
+    runs = _baselines(model, qm, args, common) if pictures is not None else {}
+    with whole_folder(args.output, args.force) as folder:
+        proof = None
+        if target is not None:
+            file = target.export(qm, folder / f"model{target.suffix}")
+            proof = target.verify(qm, file, proof_images(qm))
+            if pictures is not None and target.suffix == ".onnx":
+                runs["onnxruntime"] = onnx_runner(file)
+        accuracy = {name: top1(run, pictures) for name, run in runs.items()} if pictures is not None else {}
+        found = {"proof": proof, "top1": accuracy, "bytes": _sizes(model, qm, folder)}
+        qm = replace(qm, manifest=replace(qm.manifest, metrics={**qm.manifest.metrics, **found}))
+        qm.write(folder)
+        sections = run_sections(qm, found["bytes"], proof, accuracy)
+        title = f"{qm.manifest.source} at {qm.manifest.bits}"
+        (folder / "report.md").write_text(markdown(title, sections, qm.manifest.notes), encoding="utf-8")
+    return _close(args, qm, sections, proof, console)
+
+
+def _close(args: argparse.Namespace, qm: QuantizedModel, sections: list[Section], proof: Any, console: Console) -> int:
+    if args.json:
+        metrics = {
+            **qm.manifest.metrics,
+            "seconds": qm.manifest.seconds,
+            "notes": qm.manifest.notes,
+            "blocks": qm.manifest.blocks,
+        }
+        print(json.dumps(metrics, indent=1))
+    elif not args.quiet:
+        print_sections(Console(), sections)
+        console.print(f"written to {args.output}")
+    if proof is not None and not proof["passed"]:
+        print(f"ptq: the exported file does not compute what was simulated: {proof['failure']}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _pictures(args: argparse.Namespace) -> Pictures | None:
+    """The validation pictures, opened and looked at before any work is spent."""
+    if args.val is None:
+        return None
+    mean, std = (None if v is None else torch.tensor(v, dtype=torch.float32) for v in (args.mean, args.std))
+    pictures = open_pictures(args.val, tuple(args.input_shape), mean, std)
+    pictures.read(torch.tensor([0]))
+    return pictures
+
+
+def _baselines(
+    model: nn.Module, qm: QuantizedModel, args: argparse.Namespace, common: dict[str, Any]
+) -> dict[str, Any]:
+    """What stands beside the result wherever accuracy is measured: float, and nearest rounding on the same images."""
+    nearest = quantize(
+        model, args.bits, qm.images if qm.images is not None else args.data, rounding="nearest", **common
+    )
+    name = qm.manifest.recipe["rounding"].partition(":")[0]
+    runs = {"float": runner(model, _CPU), "nearest": runner(nearest.graph, _CPU)}
+    return runs | ({} if name == "nearest" else {name: runner(qm.graph, _CPU)})
+
+
+def _sizes(model: nn.Module, qm: QuantizedModel, folder: Path) -> dict[str, int]:
+    floats = 4 * sum(p.numel() for p in model.state_dict().values() if p.is_floating_point())
+    files = {f.name: f.stat().st_size for f in sorted(folder.iterdir()) if f.suffix == ".onnx"}
+    return {"float weights": floats, "integer weights": integer_bytes(qm), **files}
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    _settle(args)
+    model = load_model(args.model, args.arch, trust_pickle=args.trust_pickle)
+    folded = fold_batch_norm(trace(model, args.input_shape))
+    plan = make_plan(folded, BitConfig.parse(args.bits), PlanRules(args.edges, args.adds))
+    print_sections(Console(), plan_sections(folded, plan))
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    qm = QuantizedModel.load(args.folder)
+    target = plugins.build("exporters", args.target)
+    path = args.output or args.folder / f"model{target.suffix}"
+    proof = export(qm, target, path)
+    Console().print(
+        f"{path}: passed; same class as the simulation on {100 * proof['top1_agreement']:.2f} % of {proof['images']} inputs"
+    )
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    qm = QuantizedModel.load(args.folder)
+    mean, std = (None if v is None else torch.tensor(v) for v in (qm.manifest.mean, qm.manifest.std))
+    pictures = open_pictures(args.val, qm.manifest.input_shape, mean, std)
+    runs = {"simulation": runner(qm.graph, _CPU)}
+    runs |= {f.name: onnx_runner(f) for f in sorted(args.folder.glob("*.onnx"))}
+    accuracy = {name: top1(run, pictures) for name, run in runs.items()}
+    if args.json:
+        print(json.dumps({"top1": accuracy, "pictures": len(pictures)}))
+    else:
+        rows = [[name, f"{100 * v:.2f} %"] for name, v in accuracy.items()]
+        print_sections(Console(), [Section(f"Top-1 on {len(pictures)} pictures", ["network", ">top-1"], rows)])
+    return 0
+
+
+def _list(args: argparse.Namespace) -> int:
+    kinds: tuple[tuple[plugins.Kind, str], ...] = (
+        ("calibrators", "Data sources (--data)"), ("reconstructors", "Rounding (--rounding)"), ("exporters", "Targets (--target)"),
+    )  # fmt: skip
+    sections = []
+    for kind, title in kinds:
+        rows = []
+        for name in plugins.names(kind):
+            cls = plugins.load(kind, name)
+            options = ", ".join(f"{f}={d}" if d is not None else f for f, d in plugins.options(cls).items())
+            rows.append([name, (sys.modules[cls.__module__].__doc__ or "").splitlines()[0], options])
+        sections.append(Section(title, ["name", "what it is", "options"], rows))
+    print_sections(Console(), sections)
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from ptq.demo import run_demo  # scikit-learn, an extra, is needed only here
+
+    return run_demo(args.folder, main, print)

@@ -1,0 +1,154 @@
+"""What a plug-in is: the protocols `Calibrator`, `Reconstructor` and `Exporter`, and what they are handed.
+
+A plug-in is a frozen dataclass: its fields are its hyper-parameters (defaults: its paper's), its methods the algorithm, its
+file name its registration. `presets` gives the fields that the named efforts "quick" and "standard" change.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
+
+import torch
+from torch import Tensor, fx, nn
+
+from ptq.graph.plan import QuantPlan
+
+if TYPE_CHECKING:
+    from ptq.artifact import QuantizedModel
+
+Presets = Mapping[str, Mapping[str, Any]]
+EFFORTS = ("quick", "standard", "full")
+
+
+def _silent_progress(stage: str, done: int, total: int) -> None:
+    """Shows nothing."""
+
+
+def _silent_note(text: str) -> None:
+    """Says nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """How long work speaks: `progress(stage, done, total)` on every step, `note(text)` for what the user should know."""
+
+    progress: Callable[[str, int, int], None] = _silent_progress
+    note: Callable[[str], None] = _silent_note
+
+
+def make_rng(seed: int, label: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A random generator for one purpose: the same seed and label give the same numbers, other labels unrelated ones."""
+    digest = hashlib.sha256(f"{seed}:{label}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationContext:
+    """What a calibrator is handed.
+
+    model: the teacher: eval, parameters frozen, BatchNorm intact. input_shape: (C, H, W).
+    mean, std: [C] each, the normalization that inputs carry, `(pixel / 255 - mean) / std`; None where it was not stated.
+    count, batch_size: images wanted in all, and per batch. device: where batches are made. rng: a CPU generator.
+    """
+
+    model: fx.GraphModule
+    input_shape: tuple[int, int, int]
+    mean: Tensor | None
+    std: Tensor | None
+    count: int
+    batch_size: int
+    device: torch.device
+    rng: torch.Generator
+    feedback: Feedback = field(default_factory=Feedback)
+
+    def sizes(self) -> list[int]:
+        """Images per batch, adding up to `count`."""
+        full, rest = divmod(self.count, self.batch_size)
+        return [self.batch_size] * full + ([rest] if rest else [])
+
+
+class Calibrator(Protocol):
+    """A source of calibration images."""
+
+    teacher_bn: ClassVar[Literal["running", "batch"]]  # statistics the teacher uses on these batches
+    synthetic: ClassVar[bool]  # whether the images' extremes say nothing of those of real inputs
+    presets: ClassVar[Presets]
+    count: int
+    batch_size: int
+
+    def batches(self, ctx: CalibrationContext) -> Iterator[Tensor]:
+        """Batches [B, C, H, W], float32, in the network's input space; `ctx.count` images in all.
+
+        Raises:
+            CalibrationError: the network or the input cannot serve this source.
+        """
+        ...
+
+    @classmethod
+    def smoke(cls, folder: Path) -> Self:
+        """Options that finish on a CPU in a second; may write inputs into `folder`."""
+        ...
+
+
+class Reconstructor(Protocol):
+    """A rounding method, block by block."""
+
+    unit: ClassVar[Literal["layer", "block"]]
+    needs_fisher: ClassVar[bool]
+    presets: ClassVar[Presets]
+    steps: int  # optimizer steps a block; 0: nearest rounding stays
+    batch_size: int
+
+    def attach(self, block: nn.Module, rng: torch.Generator) -> list[dict[str, Any]]:
+        """Makes the rounding in `block` learnable. Returns Adam parameter groups, each with `params`, `lr` and `cosine`
+        (whether its learning rate falls to 0 along a half cosine)."""
+        ...
+
+    def mix(self, teacher_in: Tensor, student_in: Tensor, rng: torch.Generator) -> Tensor:
+        """What the block sees in training, of the teacher's and the student's input."""
+        ...
+
+    def loss(
+        self,
+        block: nn.Module,
+        outputs: list[Tensor],
+        targets: list[Tensor],
+        fisher: list[Tensor] | None,
+        progress: float,
+    ) -> Tensor:
+        """The scalar to minimize, of the block's outputs and the teacher's; `progress` runs from 0 to 1."""
+        ...
+
+    @classmethod
+    def smoke(cls, folder: Path) -> Self:
+        """Options that finish on a CPU in a second."""
+        ...
+
+
+class Exporter(Protocol):
+    """A target format."""
+
+    suffix: ClassVar[str]  # of the file it writes, with the dot
+    presets: ClassVar[Presets]
+
+    def check(self, graph: fx.GraphModule, plan: QuantPlan) -> None:
+        """Raises ExportError if the target cannot hold the planned network; called before any work is spent."""
+        ...
+
+    def export(self, qm: "QuantizedModel", path: Path) -> Path:
+        """Writes the file and returns its path."""
+        ...
+
+    def verify(self, qm: "QuantizedModel", path: Path, images: Tensor) -> dict[str, Any]:
+        """Runs the written file on `images` and compares it with the simulation.
+
+        Returns the figures of the comparison; `passed` says whether they are within bounds, `failure` which is not.
+        """
+        ...
+
+    @classmethod
+    def smoke(cls, folder: Path) -> Self:
+        """Options that finish on a CPU in a second."""
+        ...

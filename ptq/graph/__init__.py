@@ -1,0 +1,1 @@
+"""Networks as `torch.fx` graphs: tracing, passes, plans and blocks."""

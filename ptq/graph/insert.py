@@ -1,0 +1,73 @@
+"""Turns a folded network into the student: fake-quant on every weight and value that the plan names."""
+
+from collections.abc import Mapping
+
+from torch import fx
+
+from ptq.graph.ops import find_op, weighted_nodes
+from ptq.graph.plan import QuantPlan
+from ptq.graph.trace import rewrite
+from ptq.quant.affine import QParams
+from ptq.quant.fake_quant import ActFakeQuant, set_weight_fake_quant
+
+
+def insert_fake_quant(
+    gm: fx.GraphModule, plan: QuantPlan, acts: Mapping[str, QParams], weights: Mapping[str, QParams]
+) -> fx.GraphModule:
+    """The student: a copy of `gm` with nearest-rounding fake-quant as the plan has it.
+
+    op ──(y)──► user      →      op ──► quant_y ──(y)──► user
+
+    A group of tied values shares one module; values that only move others are on their source's grid already.
+
+    Args:
+        gm: the folded network.
+        plan: what to quantize.
+        acts: group name → grid (`observe`).
+        weights: module path → grid.
+    """
+    with rewrite(gm) as out:
+        for node in weighted_nodes(out):
+            if (path := str(node.target)) in plan.weights:
+                set_weight_fake_quant(out.get_submodule(path), weights[path])
+        for node in list(out.graph.nodes):
+            if node.op != "output" and node.meta.get("value") in plan.values and not _moves(out, node):
+                _quantize_value(out, node, plan.group(node.meta["value"]), acts)
+    return out
+
+
+def _moves(gm: fx.GraphModule, node: fx.Node) -> bool:
+    op = find_op(gm, node)
+    return op is not None and op.role in ("same", "concat")
+
+
+def quantizer_path(group: str) -> str:
+    """Module path of a group's fake-quant module."""
+    return f"quant_{group}"
+
+
+def _quantize_value(gm: fx.GraphModule, node: fx.Node, group: str, acts: Mapping[str, QParams]) -> None:
+    path = quantizer_path(group)
+    if not hasattr(gm, path):
+        gm.add_submodule(path, ActFakeQuant(acts[group]))
+    with gm.graph.inserting_after(node):
+        quant = gm.graph.call_module(path, ())
+    quant.meta = dict(node.meta)
+    node.replace_all_uses_with(quant)
+    quant.args = (node,)
+    node.meta["value"] = None
+
+
+def quantizer_of(gm: fx.GraphModule, value: str) -> ActFakeQuant | None:
+    """The fake-quant module whose grid a value of the student lies on, or None where it is float."""
+    node = next(n for n in gm.graph.nodes if n.meta.get("value") == value)
+    while node.op == "call_module":
+        module = gm.get_submodule(str(node.target))
+        if isinstance(module, ActFakeQuant):
+            return module
+        if not _moves(gm, node):
+            return None
+        node = node.all_input_nodes[0]
+    if node.op == "call_function" and _moves(gm, node):
+        return quantizer_of(gm, node.all_input_nodes[0].meta["value"])
+    return None

@@ -1,0 +1,86 @@
+"""Activation ranges: the teacher's values on calibration batches → one grid per group of values."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, fx
+
+from ptq.graph.ops import find_op
+from ptq.graph.plan import QuantPlan
+from ptq.quant.affine import QParams
+from ptq.quant.ranges import Estimator, minmax
+
+# Elements kept per value, whatever the number of images; every value's minimum and maximum are kept besides.
+_SAMPLES = 2**18
+
+
+class _Observer(fx.Interpreter):
+    """Keeps a random sample of each wanted value."""
+
+    def __init__(self, gm: fx.GraphModule, wanted: set[str], per_batch: int, rng: torch.Generator) -> None:
+        super().__init__(gm)
+        self.wanted, self.per_batch, self.rng = wanted, per_batch, rng
+        self.samples: dict[str, list[Tensor]] = {name: [] for name in wanted}
+
+    def run_node(self, n: fx.Node):
+        result = super().run_node(n)
+        if (name := n.meta.get("value")) in self.wanted:
+            self.samples[name].append(self._sample(result.detach()))
+        return result
+
+    def _sample(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1)
+        ends = torch.stack(torch.aminmax(flat))
+        if flat.numel() > self.per_batch:
+            pick = torch.randint(flat.numel(), (self.per_batch,), generator=self.rng)
+            flat = flat[pick.to(flat.device)]
+        return torch.cat([flat, ends])
+
+
+def observe(
+    teacher: fx.GraphModule,
+    plan: QuantPlan,
+    batches: Iterable[Tensor],
+    estimator: Estimator,
+    *,
+    rng: torch.Generator,
+) -> dict[str, QParams]:
+    """Group name → grid, from the teacher's values on the batches ([B, C, H, W] each).
+
+    Values that only move others (pools, reshapes) are not looked at: their source is.
+    """
+    sources = {n.meta["value"] for n in teacher.graph.nodes if n.op != "output" and not _moves(teacher, n)}
+    wanted = sources & set(plan.values)
+    batches = list(batches)
+    observer = _Observer(teacher, wanted, -(-_SAMPLES // len(batches)), rng)
+    with torch.no_grad():
+        for batch in batches:
+            observer.run(batch)
+    members: dict[str, list[str]] = {}
+    for name in plan.values:
+        if name in wanted:
+            members.setdefault(plan.group(name), []).append(name)
+    return {
+        group: estimator(torch.cat([s for name in names for s in observer.samples[name]]), plan.values[names[0]])
+        for group, names in members.items()
+    }
+
+
+def _moves(gm: fx.GraphModule, node: fx.Node) -> bool:
+    op = find_op(gm, node)
+    return op is not None and op.role in ("same", "concat")
+
+
+def weight_params(gm: fx.GraphModule, plan: QuantPlan, estimator: Estimator) -> dict[str, QParams]:
+    """Module path → grid of its weight."""
+    return {
+        path: estimator(gm.get_submodule(path).weight.detach(), spec)  # type: ignore[arg-type]
+        for path, spec in plan.weights.items()
+    }
+
+
+def input_params(low: float, high: float, plan: QuantPlan, name: str) -> Mapping[str, QParams]:
+    """The grid of the network's input where its valid range is known: all of low … high."""
+    if name not in plan.values:
+        return {}
+    return {plan.group(name): minmax(torch.tensor([low, high]), plan.values[name])}

@@ -1,0 +1,150 @@
+"""Decides every grid of a network before any work is spent: which tensor, how many bits, which tensors share one.
+
+The width of the activations (the 4 of "a4") is for tensors that enter a convolution or a linear layer, as in the papers;
+tensors that only feed additions and pools get `PlanRules.adds` bits, which hardware with 8-bit containers has for free.
+The result of the network stays float: the integer accumulator times its scale.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import fx
+
+from ptq.errors import ModelError
+from ptq.graph.ops import find_op, input_node, output_node, weighted_nodes
+from ptq.spec import BitConfig, PlanRules, QuantSpec
+
+
+@dataclass(frozen=True, slots=True)
+class QuantPlan:
+    """Every decision about bits: `weights` (module path → spec), `values` (value name → spec) and `ties`, the sets of
+    values that share one scale."""
+
+    weights: Mapping[str, QuantSpec]
+    values: Mapping[str, QuantSpec]
+    ties: tuple[frozenset[str], ...] = ()
+
+    def group(self, name: str) -> str:
+        """The name under which a value's grid is kept: the first, in execution order, of the values tied to it."""
+        tie = next((tie for tie in self.ties if name in tie), None)
+        return name if tie is None else next(v for v in self.values if v in tie)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dictionaries and lists."""
+        return {
+            "weights": {k: asdict(s) for k, s in self.weights.items()},
+            "values": {k: asdict(s) for k, s in self.values.items()},
+            "ties": sorted(sorted(t) for t in self.ties),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "QuantPlan":
+        """The inverse of `to_json`."""
+        return cls(
+            {k: QuantSpec(**s) for k, s in data["weights"].items()},
+            {k: QuantSpec(**s) for k, s in data["values"].items()},
+            tuple(frozenset(t) for t in data["ties"]),
+        )
+
+
+def make_plan(gm: fx.GraphModule, bits: BitConfig, rules: PlanRules) -> QuantPlan:
+    """The plan of a folded network.
+
+    Raises:
+        ModelError: the network has no convolution or linear layer.
+    """
+    layers = weighted_nodes(gm)
+    if not layers:
+        raise ModelError("the network has no convolution and no linear layer: nothing to quantize")
+    weights = {str(n.target): _weight_spec(n, layers, bits, rules) for n in layers}
+    if bits.act is None:
+        return QuantPlan(weights, {})
+    quantized = quantized_nodes(gm)
+    groups = _tie(gm, quantized)
+    positive = _nonnegative(gm)
+    values: dict[str, QuantSpec] = {}
+    for members in groups:
+        width = _width(gm, members, layers, bits, rules)
+        unsigned = all(positive[n] for n in members)
+        # Both kinds of grid are unsigned codes; a tensor with negative values has a zero point instead.
+        spec = QuantSpec(width, signed=False, symmetric=unsigned)
+        values |= {n.meta["value"]: spec for n in members}
+    order = {n.meta["value"]: values[n.meta["value"]] for n in quantized}
+    ties = tuple(frozenset(n.meta["value"] for n in members) for members in groups if len(members) > 1)
+    return QuantPlan(weights, order, ties)
+
+
+def _weight_spec(node: fx.Node, layers: list[fx.Node], bits: BitConfig, rules: PlanRules) -> QuantSpec:
+    edge = rules.edges != "all" and node in (layers[0], layers[-1])
+    width = bits.edge if edge else bits.weight
+    return QuantSpec(width, signed=True, symmetric=width >= rules.asymmetric_below, axis=0)
+
+
+def merged_clamp(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """The ReLU or ReLU6 that alone reads `node` and merges with the quantizer behind it, so that `node` itself needs none."""
+    op, users = find_op(gm, node), list(node.users)
+    if op is None or op.role not in ("weighted", "join", "float") or len(users) != 1:
+        return None
+    behind = find_op(gm, users[0])
+    return users[0] if behind is not None and behind.role == "clamp" else None
+
+
+def quantized_nodes(gm: fx.GraphModule) -> list[fx.Node]:
+    """The nodes whose result lies on an integer grid: all but those merged into a clamp, and the float result."""
+    result = float_tail(gm)
+    return [n for n in gm.graph.nodes if n.op != "output" and n not in result and merged_clamp(gm, n) is None]
+
+
+def float_tail(gm: fx.GraphModule) -> set[fx.Node]:
+    """The result and what it is a mere rearrangement or clamp of: left in float."""
+    node, tail = output_node(gm), set()
+    while node.op != "placeholder" and (op := find_op(gm, node)) is not None:
+        tail.add(node)
+        merged = op.role == "clamp" and merged_clamp(gm, node.all_input_nodes[0]) is node
+        if not (op.role == "same" or merged) or len(node.all_input_nodes[0].users) > 1:
+            break
+        node = node.all_input_nodes[0]
+    return tail
+
+
+def _tie(gm: fx.GraphModule, nodes: list[fx.Node]) -> list[list[fx.Node]]:
+    """Groups of nodes that share one grid: across moves of values, and all parts of a concatenation."""
+    group = {n: [n] for n in nodes}
+    for node in nodes:
+        op = find_op(gm, node)
+        if op is None or op.role not in ("same", "concat"):
+            continue
+        for source in node.all_input_nodes:
+            if group[source] is not group[node]:
+                merged = group[source] + group[node]
+                for member in merged:
+                    group[member] = merged
+    return list({id(members): members for members in group.values()}.values())
+
+
+def _nonnegative(gm: fx.GraphModule) -> dict[fx.Node, bool]:
+    known: dict[fx.Node, bool] = {}
+    for node in gm.graph.nodes:
+        op = find_op(gm, node)
+        if op is None:
+            known[node] = False
+        else:
+            known[node] = op.nonneg == "always" or (op.nonneg == "keep" and all(known[n] for n in node.all_input_nodes))
+    return known
+
+
+def _width(
+    gm: fx.GraphModule, members: Iterable[fx.Node], layers: list[fx.Node], bits: BitConfig, rules: PlanRules
+) -> int:
+    members = set(members)
+    enters = {layer for layer in layers if layer.all_input_nodes[0] in members}
+    first_out = merged_clamp(gm, layers[0]) or layers[0]
+    edges = rules.edges
+    if (
+        input_node(gm) in members
+        or (edges != "all" and layers[-1] in enters)
+        or (edges == "brecq" and first_out in members)
+    ):
+        return bits.edge
+    return bits.act if enters and bits.act is not None else rules.adds

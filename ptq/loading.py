@@ -1,0 +1,217 @@
+"""Reads a float network from a file: weights and the code that builds the network they belong to."""
+
+import ast
+import importlib
+import importlib.util
+import pickle
+import sys
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ptq.errors import ModelError
+
+_NESTED = ("state_dict", "model_state_dict", "model", "net")  # where training scripts keep the weights in a checkpoint
+_NO_ARCH = "name the code that builds the network with --arch package.module:factory, path/to/file.py:factory or torchvision:resnet18"
+
+
+def load_model(path: str | Path, arch: str | None = None, *, trust_pickle: bool = False) -> nn.Module:
+    """The float network in a file, in eval mode.
+
+    Args:
+        path: a state dict (`torch.save(model.state_dict(), …)` or `.safetensors`), or a pickled module.
+        arch: what builds the network for a state dict: "package.module:factory", "path/to/file.py:factory",
+            "torchvision:resnet18"; arguments that are literals may follow, "nets.py:ResNet(20, classes=10)".
+        trust_pickle: unpickle a whole module. Unpickling runs whatever code the file contains.
+
+    Raises:
+        ModelError: the file is missing, damaged or of another kind, or its weights do not fit the network.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ModelError(f"{path} is not a file" + ("" if path.exists() else ": nothing is there"))
+    _refuse_other_kinds(path)
+    content = _read(path, trust_pickle)
+    if isinstance(content, nn.Module):
+        return content.eval()
+    state = _state_dict(path, content)
+    if arch is None:
+        raise ModelError(f"{path} holds weights only; {_NO_ARCH}")
+    model = build_arch(arch)
+    _fill(model, state, path, arch)
+    return model.eval()
+
+
+def _refuse_other_kinds(path: Path) -> None:
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            inside = {name.partition("/")[2] for name in archive.namelist()} | set(archive.namelist())
+    except (zipfile.BadZipFile, OSError) as e:
+        raise ModelError(f"{path} is a damaged archive: {e}") from e
+    if "constants.pkl" in inside and any(name.startswith("code/") for name in inside):
+        raise ModelError(
+            f"{path} is a TorchScript file, whose graph cannot be quantized here; give the network's state dict and --arch"
+        )
+    if any(name.endswith(("archive_format", "serialized_exported_program.json")) for name in inside):
+        raise ModelError(
+            f"{path} is a torch.export archive, which is not supported; give the network's state dict and --arch"
+        )
+
+
+def _read(path: Path, trust_pickle: bool) -> Any:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(str(path))
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as e:
+        if trust_pickle:
+            return _unpickle(path)
+        if (
+            "Unsupported global" in str(e)
+            or "Unsupported class" in str(e)
+            or ("weights_only" in str(e).lower() and "GLOBAL" in str(e))
+        ):
+            raise ModelError(
+                f"{path} is a pickled object, and unpickling runs code from the file; save the weights instead, "
+                "torch.save(model.state_dict(), …), and pass --arch; or, if you trust the file, pass --trust-pickle"
+            ) from e
+        raise ModelError(f"{path} is not a file of PyTorch weights, or it is damaged") from e
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+        SafetensorError,
+        AttributeError,
+        IndexError,
+        TypeError,
+    ) as e:
+        raise ModelError(f"{path} is not a file of PyTorch weights, or it is damaged: {_line(e)}") from e
+
+
+def _unpickle(path: Path) -> Any:
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        return torch.load(path, map_location="cpu", weights_only=False)
+    except Exception as e:  # unpickling runs the file's own code, which may raise anything
+        raise ModelError(
+            f"{path} cannot be unpickled: {type(e).__name__}: {_line(e)}; is the code it was saved with importable?"
+        ) from e
+    finally:
+        sys.path.remove(str(Path.cwd()))
+
+
+def _line(e: BaseException) -> str:
+    return (str(e).strip().splitlines() or [type(e).__name__])[0][:300]
+
+
+def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
+    for key in _NESTED:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise ModelError(f"{path} holds {_kind(content)}, not a state dict (names → tensors)")
+    names = [str(k) for k in content]
+    prefix = "module." if all(name.startswith("module.") for name in names) else ""  # saved from DataParallel
+    return {name.removeprefix(prefix): v for name, v in zip(names, content.values())}
+
+
+def _kind(content: Any) -> str:
+    return f"a {type(content).__name__}" + (" that is empty" if isinstance(content, Mapping) and not content else "")
+
+
+def build_arch(arch: str) -> nn.Module:
+    """The network that "module:factory" or "file.py:factory(3)" builds, with its initial weights.
+
+    Raises:
+        ModelError: no such module or factory, or what it builds is no network.
+    """
+    where, colon, what = arch.partition(":")
+    if arch[1:3] == ":\\":  # a Windows drive
+        where, colon, what = arch.rpartition(":")
+    if not colon or not where or not what:
+        raise ModelError(f"architecture {arch!r} not understood; {_NO_ARCH}")
+    name, args, kwargs = _parse_call(arch, what)
+    factory = _factory(where, name, arch)
+    try:
+        if where == "torchvision":
+            kwargs.setdefault("weights", None)
+        model = factory(*args, **kwargs)
+    except Exception as e:  # the user's code may raise anything
+        raise ModelError(f"{arch} failed: {type(e).__name__}: {_line(e)}") from e
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{arch} built {_kind(model)}, not a torch.nn.Module")
+    return model
+
+
+def _parse_call(arch: str, what: str) -> tuple[str, list[Any], dict[str, Any]]:
+    try:
+        tree = ast.parse(what, mode="eval").body
+        if isinstance(tree, ast.Call):
+            args = [ast.literal_eval(a) for a in tree.args]
+            return ast.unparse(tree.func), args, {str(k.arg): ast.literal_eval(k.value) for k in tree.keywords}
+    except (SyntaxError, ValueError) as e:
+        raise ModelError(f"architecture {arch!r} not understood: {_line(e)}; arguments must be literals") from e
+    return what, [], {}
+
+
+def _factory(where: str, name: str, arch: str) -> Callable[..., Any]:
+    try:
+        if where == "torchvision":
+            module = importlib.import_module("torchvision.models")
+        elif where.endswith(".py"):
+            module = _import_file(Path(where))
+        else:
+            sys.path.insert(0, str(Path.cwd()))
+            try:
+                module = importlib.import_module(where)
+            finally:
+                sys.path.remove(str(Path.cwd()))
+        found: Any = module
+        for part in name.split("."):
+            found = getattr(found, part)
+    except ModelError:
+        raise
+    except AttributeError as e:
+        raise ModelError(f"{arch}: {where} has no {name!r}") from e
+    except Exception as e:  # importing runs the user's code, which may raise anything
+        raise ModelError(f"{arch}: {where} cannot be imported: {type(e).__name__}: {_line(e)}") from e
+    if not callable(found):
+        raise ModelError(f"{arch}: {name!r} is not callable")
+    return found
+
+
+def _import_file(path: Path) -> Any:
+    if not path.is_file():
+        raise ModelError(f"{path} is not a file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)  # dataclasses and pickle look modules up by name
+    spec.loader.exec_module(module)
+    return module
+
+
+def _fill(model: nn.Module, state: dict[str, Tensor], path: Path, arch: str) -> None:
+    expected = model.state_dict()
+    missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
+    extra = [k for k in state if k not in expected and not k.endswith("num_batches_tracked")]
+    shapes = [k for k in expected if k in state and state[k].shape != expected[k].shape]
+    if missing or extra or shapes:
+        parts = [
+            f"{len(names)} {what}, first {names[0]!r}"
+            for names, what in ((missing, "missing"), (extra, "unexpected"), (shapes, "of another shape"))
+            if names
+        ]
+        raise ModelError(f"the weights in {path} do not fit {arch}: {'; '.join(parts)}")
+    model.load_state_dict({k: v for k, v in state.items() if k in expected}, strict=False)

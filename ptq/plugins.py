@@ -1,0 +1,112 @@
+"""Finds plug-ins by file name and builds them from text such as "genie:steps=500,count=256".
+
+The only dynamic import of the code base. A module of a plug-in folder without a leading underscore is a plug-in; other
+distributions add theirs through the entry-point groups `ptq.calibrators`, `ptq.reconstructors` and `ptq.exporters`.
+"""
+
+import difflib
+import importlib
+import pkgutil
+import types
+import typing
+from dataclasses import MISSING, fields
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any, Literal
+
+from ptq.errors import PluginError
+
+Kind = Literal["calibrators", "reconstructors", "exporters"]
+_PACKAGES: dict[Kind, str] = {
+    "calibrators": "ptq.calibrators", "reconstructors": "ptq.reconstruct", "exporters": "ptq.exporters",
+}  # fmt: skip
+
+
+def names(kind: Kind) -> list[str]:
+    """The plug-ins of a kind, sorted."""
+    package = importlib.import_module(_PACKAGES[kind])
+    found = {m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")}
+    return sorted(found | set(_external(kind)))
+
+
+def _external(kind: Kind) -> dict[str, EntryPoint]:
+    return {e.name: e for e in entry_points(group=f"ptq.{kind}")}
+
+
+def load(kind: Kind, name: str) -> type:
+    """The options class of a plug-in.
+
+    Raises:
+        PluginError: there is no plug-in of that name.
+    """
+    known = names(kind)
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise PluginError(f"unknown {kind.removesuffix('s')} {name!r}; known: {', '.join(known)}{hint}")
+    if name in (external := _external(kind)):
+        return external[name].load()
+    module = importlib.import_module(f"{_PACKAGES[kind]}.{name}")
+    return getattr(module, module.__all__[0])
+
+
+def build(kind: Kind, text: str, effort: str = "full") -> Any:
+    """The options object that `text` describes: a name, then options after a colon.
+
+    "genie", "genie:steps=500,count=256", "images:photos/". The preset of `effort` applies to what the text leaves open.
+
+    Raises:
+        PluginError: unknown name, unknown option, or a value that does not fit the option.
+    """
+    name, _, rest = text.partition(":")
+    cls = load(kind, name.strip())
+    options = dict(cls.presets.get(effort, {}))
+    for item in filter(None, (part.strip() for part in rest.split(","))):
+        key, equals, raw = item.partition("=")
+        if not equals:
+            key, raw = getattr(cls, "positional", ""), item
+        options[key] = _parse(cls, name, key, raw)
+    try:
+        return cls(**options)
+    except TypeError as e:
+        raise PluginError(f"{name} needs {_missing(cls, options)}, as in '{name}:PATH'") from e
+
+
+def _missing(cls: type, options: dict[str, Any]) -> str:
+    hints = {f.name: f for f in fields(cls)}
+    required = [n for n, f in hints.items() if n not in options and f.default is MISSING]
+    return " and ".join(repr(n) for n in required) or "other options"
+
+
+def _parse(cls: type, name: str, key: str, raw: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    allowed = [f.name for f in fields(cls)]
+    if key not in allowed:
+        close = difflib.get_close_matches(key, allowed, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise PluginError(f"{name} has no option {key or raw!r}; it has {', '.join(allowed) or 'none'}{hint}")
+    kind = hints[key]
+    if isinstance(kind, types.UnionType):
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    try:
+        if kind is bool:
+            return {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}[raw.lower()]
+        return Path(raw) if kind is Path else kind(raw)
+    except (ValueError, KeyError) as e:
+        raise PluginError(f"option {key}={raw!r} of {name} is not a valid {kind.__name__}") from e
+
+
+def describe(plugin: Any) -> str:
+    """The text that builds an equal options object again."""
+    name = type(plugin).__module__.rpartition(".")[2]
+    options = ",".join(f"{f.name}={_text(getattr(plugin, f.name))}" for f in fields(plugin))
+    return f"{name}:{options}" if options else name
+
+
+def _text(v: Any) -> str:
+    return str(v).lower() if isinstance(v, bool) else str(v)
+
+
+def options(cls: type) -> dict[str, Any]:
+    """The options of a plug-in's class and their defaults; None for one without."""
+    return {f.name: None if f.default is MISSING else _text(f.default) for f in fields(cls)}

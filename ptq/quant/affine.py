@@ -1,0 +1,83 @@
+"""Uniform affine quantization as pure tensor functions.
+
+    code = clamp(round_half_even(x / s) + z, qmin, qmax)        x̂ = s * (code - z)
+
+The division and the rounding are those of ONNX QuantizeLinear, so simulation and runtime agree on every tie.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ptq.spec import QuantSpec
+
+
+@dataclass(frozen=True, slots=True)
+class QParams:
+    """One tensor's grid: `scale` ([] or [C], float32, > 0), `zero_point` (same shape, int32), `spec`."""
+
+    scale: Tensor
+    zero_point: Tensor
+    spec: QuantSpec
+
+    def to(self, device: torch.device) -> "QParams":
+        """The same grid on another device."""
+        return QParams(self.scale.to(device), self.zero_point.to(device), self.spec)
+
+
+def along_axis(values: Tensor, ndim: int, axis: int | None) -> Tensor:
+    """`values` ([] or [C]) shaped to broadcast along dimension `axis` of an `ndim`-dimensional tensor."""
+    if axis is None or values.ndim == 0:
+        return values
+    shape = [1] * ndim
+    shape[axis] = -1
+    return values.reshape(shape)
+
+
+def quantize(x: Tensor, q: QParams) -> Tensor:
+    """Integer codes of `x` (int32, same shape)."""
+    s = along_axis(q.scale, x.ndim, q.spec.axis)
+    z = along_axis(q.zero_point, x.ndim, q.spec.axis)
+    return (torch.round(x / s) + z).clamp(q.spec.qmin, q.spec.qmax).to(torch.int32)
+
+
+def dequantize(codes: Tensor, q: QParams) -> Tensor:
+    """Real values (float32) of integer codes."""
+    s = along_axis(q.scale, codes.ndim, q.spec.axis)
+    z = along_axis(q.zero_point, codes.ndim, q.spec.axis)
+    return (codes - z).to(torch.float32) * s
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Quantize and dequantize. Gradient: straight-through inside the range for x, LSQ's for the scale.
+
+    Ref: Esser et al., LSQ, ICLR 2020, eq. 3.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, s: Tensor, z: Tensor, qmin: int, qmax: int) -> Tensor:
+        v = x / s
+        r = torch.round(v).add_(z)
+        c = r.clamp(qmin, qmax)
+        if any(ctx.needs_input_grad):
+            inside = r == c
+            slope = c.sub(z).sub_(v.mul_(inside)) if ctx.needs_input_grad[1] else None
+            ctx.save_for_backward(inside, slope)
+            ctx.scale_shape = s.shape
+        return c.sub_(z).mul_(s)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        (grad,) = grads
+        inside, slope = ctx.saved_tensors
+        grad_x = grad * inside if ctx.needs_input_grad[0] else None
+        grad_s = (grad * slope).sum_to_size(ctx.scale_shape) if slope is not None else None
+        return grad_x, grad_s, None, None, None
+
+
+def fake_quantize(x: Tensor, q: QParams) -> Tensor:
+    """`dequantize(quantize(x))` in float32, with gradients to `x` and, where it asks for them, to `q.scale`."""
+    s = along_axis(q.scale, x.ndim, q.spec.axis)
+    z = along_axis(q.zero_point, x.ndim, q.spec.axis).to(x.dtype)
+    return _FakeQuantize.apply(x, s, z, q.spec.qmin, q.spec.qmax)  # type: ignore[return-value]

@@ -1,0 +1,144 @@
+"""The modules that quantize inside a network.
+
+`WeightFakeQuant` and `Dequantize` are torch parametrizations, so that a quantized layer stays an ordinary `nn.Conv2d`
+or `nn.Linear`; `ActFakeQuant` is a module on a value of the graph.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ptq.quant.affine import QParams, dequantize, fake_quantize, quantize
+from ptq.spec import QuantSpec
+
+
+class _Grid(nn.Module):
+    """A module with one integer grid: parameter `scale`, buffer `zero_point`, attribute `spec`."""
+
+    def __init__(self, q: QParams) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(q.scale.clone(), requires_grad=False)
+        self.register_buffer("zero_point", q.zero_point.clone())
+        self.spec: QuantSpec = q.spec
+
+    @property
+    def qparams(self) -> QParams:
+        """The grid as it stands."""
+        return QParams(self.scale, self.zero_point, self.spec)  # type: ignore[arg-type]
+
+
+class ActFakeQuant(_Grid):
+    """Fake-quantizes an activation `[B, …]`, per tensor.
+
+    While `drop` > 0, each element stays float with that probability (QDrop, Wei et al., ICLR 2022, eq. 8);
+    `mask_rng` then draws the mask. `frozen`: its scale is settled and no longer trained.
+    """
+
+    frozen: bool = False
+    drop: float = 0.0
+    mask_rng: torch.Generator | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = fake_quantize(x, self.qparams)
+        return mix(x, out, self.drop, self.mask_rng) if self.drop > 0 else out
+
+
+class WeightFakeQuant(_Grid):
+    """Parametrization of `weight`: the float weight rounded to the nearest code."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return fake_quantize(weight, self.qparams)
+
+
+class Dequantize(_Grid):
+    """Parametrization of a tensor that is stored as integer codes (the `original`): codes → real values."""
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return dequantize(codes.to(torch.int32), self.qparams)
+
+
+def mix(x: Tensor, other: Tensor, p: float, rng: torch.Generator | None) -> Tensor:
+    """Element-wise: `x` with probability `p`, else `other` (to 1/256; one random byte per element)."""
+    if x.device.type == "cpu":
+        # Eight masks from one 64-bit draw: torch.rand would cost more than the convolution beside it.
+        words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64)
+        words.random_(-(2**63), None, generator=rng)
+        raw = words.view(torch.uint8)[: x.numel()].view(x.shape)
+        if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+            raw = raw.view(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
+        take = raw < round(p * 256)
+    else:
+        take = torch.rand(x.shape, device=x.device, generator=rng) < p
+    return torch.where(take, x, other)
+
+
+def weight_grid(layer: nn.Module) -> _Grid | None:
+    """The module that holds the grid of `layer.weight`, or None where the weight is float."""
+    if not parametrize.is_parametrized(layer, "weight"):
+        return None
+    return layer.parametrizations["weight"][0]  # type: ignore[index, return-value]
+
+
+class FloatBias(nn.Module):
+    """Parametrization of a bias that is still float."""
+
+    def forward(self, bias: Tensor) -> Tensor:
+        return bias
+
+
+def set_weight_fake_quant(layer: nn.Module, q: QParams) -> None:
+    """Makes `layer.weight` fake-quantized to the nearest code, and its bias ready to become integer.
+
+    Both are parametrized here, once, and only swapped afterwards: copies of a parametrized module share its class, so that
+    adding or removing a parametrization on a copy would break the original.
+    """
+    parametrize.register_parametrization(layer, "weight", WeightFakeQuant(q))
+    if layer.bias is not None:
+        parametrize.register_parametrization(layer, "bias", FloatBias())
+
+
+def swap(layer: nn.Module, name: str, module: nn.Module, original: Tensor | None = None) -> None:
+    """Replaces the parametrization of `layer.<name>`, and the tensor it reads where one is given."""
+    held = layer.parametrizations[name]  # type: ignore[index]
+    held[0] = module
+    if original is not None:
+        held.original = nn.Parameter(original, requires_grad=False)
+
+
+def store_integer(layer: nn.Module, name: str, codes: Tensor, q: QParams) -> None:
+    """Stores `layer.<name>` as integer codes, int8 (weights) or int32 (biases); reading it then dequantizes them."""
+    swap(layer, name, Dequantize(q), codes.to(torch.int32 if name == "bias" else torch.int8))
+
+
+def bias_params(input_scale: Tensor, weight_scale: Tensor) -> QParams:
+    """The grid of an integer bias, s_x · s_w per output channel: the accumulator's own.
+
+    The 32-bit codes do not pass through a `QuantSpec` of 32 bits, which no tensor of the plan has; its `bits` are unused.
+    """
+    scale = (input_scale * weight_scale).detach().clone()
+    return QParams(scale, torch.zeros_like(scale, dtype=torch.int32), QuantSpec(8, True, True, axis=0))
+
+
+def store_integer_bias(layer: nn.Module, input_scale: Tensor, weight_scale: Tensor) -> None:
+    """Rounds `layer.bias` to the accumulator's grid and stores its int32 codes. No bias: nothing happens."""
+    bias = layer.bias
+    if bias is None:
+        return
+    q = bias_params(input_scale, weight_scale)
+    limit = 2**30  # half of int32: the accumulator itself needs room beside the bias
+    codes = torch.round(bias.detach().double() / q.scale.double()).clamp(-limit, limit)
+    store_integer(layer, "bias", codes, q)
+
+
+def integer_codes(layer: nn.Module, name: str) -> tuple[Tensor, QParams] | None:
+    """Codes (int32) and grid of `layer.<name>`, or None where it is float.
+
+    Works for stored integers and for fake-quantized float weights (nearest code).
+    """
+    if not parametrize.is_parametrized(layer, name):
+        return None
+    held = layer.parametrizations[name]  # type: ignore[index]
+    grid, original = held[0], held.original
+    if isinstance(grid, Dequantize):
+        return original.detach().to(torch.int32), grid.qparams
+    return (quantize(original.detach(), grid.qparams), grid.qparams) if isinstance(grid, WeightFakeQuant) else None

@@ -1,0 +1,99 @@
+"""How scales are chosen: functions (tensor or samples, spec) → `QParams`.
+
+An estimator is a plain function `f(x, spec) -> QParams`; `ESTIMATORS` names them for the command line.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ptq.errors import SpecError
+from ptq.quant.affine import QParams, fake_quantize
+from ptq.spec import QuantSpec
+
+Estimator = Callable[[Tensor, QuantSpec], QParams]
+
+# A channel whose largest weight is below this share of the layer's largest is dead: rounding noise of training, which
+# must not be blown up to the full integer range. (Trained ImageNet MobileNets hold filters of 1e-15.)
+_DEAD = 1e-6
+
+
+def _per_channel(x: Tensor, spec: QuantSpec) -> Tensor:
+    """`x` as [C, n] (C = 1 without an axis)."""
+    if spec.axis is None:
+        return x.reshape(1, -1)
+    return x.movedim(spec.axis, 0).flatten(1) if x.ndim > 1 else x.reshape(-1, 1)
+
+
+def _grid(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Scale and zero point (float, [C]) of the grid that covers low ≤ 0 ≤ high.
+
+    Per-tensor zero points are even: onnxruntime's integer addition adds the zero point before it rounds, so that an odd
+    one would break exact ties the other way round than QuantizeLinear does.
+    """
+    if spec.symmetric:
+        bound = torch.maximum(high, -low) if spec.signed else high
+        return bound / spec.qmax, torch.zeros_like(bound)
+    scale = (high - low) / (spec.qmax - spec.qmin)
+    offset = -low / scale.clamp_min(torch.finfo(scale.dtype).tiny)
+    zero = torch.round(offset) if spec.axis is not None else 2 * torch.round(offset / 2)
+    return scale, (spec.qmin + zero).clamp(spec.qmin, spec.qmax)
+
+
+def _bounds(flat: Tensor) -> tuple[Tensor, Tensor]:
+    low, high = torch.aminmax(flat, dim=1)
+    return low.clamp_max(0), high.clamp_min(0)
+
+
+def _finish(scale: Tensor, zero: Tensor, reach: Tensor, spec: QuantSpec) -> QParams:
+    """`QParams`; dead channels (reach: largest magnitude per channel) get the layer's median scale."""
+    alive = reach > _DEAD * reach.max()
+    ordinary = scale[alive].median() if bool(alive.any()) else scale.new_tensor(1.0)
+    scale = torch.where(alive, scale, ordinary).float()
+    zero = torch.where(alive, zero, zero.clamp(0, 0)).to(torch.int32)
+    return QParams(scale if spec.axis is not None else scale[0], zero if spec.axis is not None else zero[0], spec)
+
+
+def minmax(x: Tensor, spec: QuantSpec) -> QParams:
+    """The whole range of `x`: the grid's ends are its minimum and maximum."""
+    low, high = _bounds(_per_channel(x, spec))
+    return _finish(*_grid(low, high, spec), torch.maximum(high, -low), spec)
+
+
+def lp(x: Tensor, spec: QuantSpec, p: float = 2.4, candidates: int = 100) -> QParams:
+    """The clip ratio with the smallest L_p rounding error.
+
+        ratio* = argmin over 1.00, 0.99, … 0.01 of mean |x - fq(x; ratio · range)|^p,   per channel
+
+    Ref: Jeon et al., GENIE, CVPR 2023, appendix G, eq. 16; the search over ratios is BRECQ's.
+    """
+    flat = _per_channel(x, spec)
+    low, high = _bounds(flat)
+    row = QuantSpec(spec.bits, spec.signed, spec.symmetric, axis=0)
+    even = spec.axis is None
+    best_error = torch.full_like(high, torch.inf)
+    best_scale, best_zero = torch.ones_like(high), torch.zeros_like(high)
+    for k in range(candidates):
+        ratio = 1.0 - k / candidates
+        scale, zero = _grid(low * ratio, high * ratio, spec if even else row)
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale)).float()
+        error = (flat - fake_quantize(flat, QParams(scale, zero.to(torch.int32), row))).abs_().pow_(p).mean(1)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+    return _finish(best_scale, best_zero, torch.maximum(high, -low), spec)
+
+
+ESTIMATORS: dict[str, Estimator] = {"lp": lp, "minmax": minmax}
+
+
+def estimator(name: str) -> Estimator:
+    """The estimator called `name`.
+
+    Raises:
+        SpecError: no estimator has that name.
+    """
+    if name not in ESTIMATORS:
+        raise SpecError(f"unknown range estimator {name!r}; known: {', '.join(sorted(ESTIMATORS))}")
+    return ESTIMATORS[name]

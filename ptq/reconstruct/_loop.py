@@ -1,0 +1,196 @@
+"""Block after block: capture what the block sees, fit it to the teacher, harden its weights to integers.
+
+The input of a block comes from the already quantized front of the network, its target from the teacher. Where the fitted
+block ends above the error of nearest rounding, nearest rounding stays.
+"""
+
+import copy
+import logging
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from ptq.contracts import Feedback, Reconstructor, make_rng
+from ptq.graph.blocks import Block, extract, input_value_node, split
+from ptq.graph.insert import quantizer_of
+from ptq.graph.ops import input_node, weighted_nodes
+from ptq.quant.fake_quant import ActFakeQuant, integer_codes, store_integer, store_integer_bias, weight_grid
+from ptq.reconstruct._capture import Capture, block_error, decibels, run_all
+from ptq.reconstruct._soft_round import SoftRound
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockReport:
+    """How one block ended. nearest_error, error: squared error against the teacher with nearest rounding and as kept;
+    kept: "fitted" or "nearest"; sqnr_db: of the block's output on the calibration images; seconds: spent on it."""
+
+    name: str
+    layers: tuple[str, ...]
+    nearest_error: float
+    error: float
+    kept: str
+    sqnr_db: float
+    seconds: float
+
+
+def reconstruct_blocks(
+    teacher: fx.GraphModule, student: fx.GraphModule, images: Tensor, method: Reconstructor,
+    *, seed: int, device: torch.device, feedback: Feedback,
+) -> tuple[fx.GraphModule, list[BlockReport]]:  # fmt: skip
+    """A copy of `student` with every weight hardened to integer codes, and a report per block.
+
+    Args:
+        teacher: the float network. student: its fake-quantized copy (`insert_fake_quant`).
+        images: calibration images `[N, C, H, W]`, in host memory.
+        method: the rounding method. seed: of every random choice. device: where blocks are trained.
+    """
+    student = copy.deepcopy(student)
+    blocks = split(student, method.unit)
+    stem = input_value_node(student)
+    teacher_values = Capture({input_node(teacher).meta["value"]: images})
+    student_values = Capture({stem.meta["value"]: _quantized_input(student, stem, images, device)})
+    reports = []
+    for k, block in enumerate(blocks):
+        start = time.perf_counter()
+        job = _Job(teacher, student, block, teacher_values, student_values, device)
+        kept = _fit(job, method, seed, feedback, (k, len(blocks)))
+        _harden(student, block)
+        outputs = run_all(extract(student, block.inputs, block.outputs), job.student_in, device)
+        seconds = round(time.perf_counter() - start, 3)
+        sqnr = decibels(job.targets, outputs)
+        reports.append(
+            BlockReport(
+                block.name,
+                block.layers,
+                job.nearest_error,
+                float(block_error(outputs, job.targets)),
+                kept,
+                sqnr,
+                seconds,
+            )
+        )
+        still_read = {name for later in blocks[k + 1 :] for name in later.inputs}
+        teacher_values.store(block, job.targets)
+        student_values.store(block, outputs)
+        teacher_values.forget(still_read)
+        student_values.forget(still_read)
+    return student, reports
+
+
+def _quantized_input(student: fx.GraphModule, stem: fx.Node, images: Tensor, device: torch.device) -> Tensor:
+    if stem.op == "placeholder":
+        return images
+    quantizer = student.get_submodule(str(stem.target))
+    with torch.no_grad():
+        return torch.cat([quantizer(x.to(device)).cpu() for x in images.split(256)])
+
+
+class _Job:
+    """One block with all that its fitting reads."""
+
+    def __init__(
+        self, teacher: fx.GraphModule, student: fx.GraphModule, block: Block,
+        teacher_values: Capture, student_values: Capture, device: torch.device,
+    ) -> None:  # fmt: skip
+        self.block, self.device, self.student = block, device, student
+        self.teacher_in, self.student_in = teacher_values.inputs(block), student_values.inputs(block)
+        self.targets = run_all(extract(teacher, block.inputs, block.outputs), self.teacher_in, device)
+        self.module = extract(student, block.inputs, block.outputs)
+        self.layers = [student.get_submodule(path) for path in block.layers]
+        self.nearest_error = self.error()
+
+    def error(self) -> float:
+        """The block's error as it stands."""
+        return float(block_error(run_all(self.module, self.student_in, self.device), self.targets))
+
+
+def _fit(job: _Job, method: Reconstructor, seed: int, feedback: Feedback, place: tuple[int, int]) -> str:
+    """Trains the block's rounding; puts nearest rounding back where that was better. Says which was kept."""
+    if method.steps == 0:
+        return "nearest"
+    quantizers = [m for m in job.module.modules() if isinstance(m, ActFakeQuant)]
+    scales = [m.scale.detach().clone() for m in quantizers]
+    nearest = [integer_codes(layer, "weight") for layer in job.layers]
+    _train(job, method, seed, feedback, place)
+    for quantizer in quantizers:
+        quantizer.drop, quantizer.mask_rng = 0.0, None
+        quantizer.scale.requires_grad_(False)
+    for layer in job.layers:
+        grid = weight_grid(layer)
+        if isinstance(grid, SoftRound):
+            store_integer(layer, "weight", *grid.harden())
+    error = job.error() if _sound(job, quantizers) else math.inf
+    if error < job.nearest_error:
+        return "fitted"
+    log.info("block %s: fitted error %.4g, nearest %.4g; nearest is kept", job.block.name, error, job.nearest_error)
+    for layer, held in zip(job.layers, nearest):
+        if held is not None:
+            store_integer(layer, "weight", *held)
+    for quantizer, scale in zip(quantizers, scales):
+        quantizer.scale.data.copy_(scale)
+    return "nearest"
+
+
+def _sound(job: _Job, quantizers: list[ActFakeQuant]) -> bool:
+    """Whether every scale of the block is still a positive number."""
+    grids = [weight_grid(layer) for layer in job.layers]
+    scales = [m.scale for m in (*quantizers, *grids) if m is not None]
+    return all(bool((torch.isfinite(s) & (s > 0)).all()) for s in scales)
+
+
+def _train(job: _Job, method: Reconstructor, seed: int, feedback: Feedback, place: tuple[int, int]) -> None:
+    # Masks are drawn where they are used; which images are picked is the same on every device.
+    mask_rng = make_rng(seed, f"drop/{job.block.name}", job.device)
+    pick_rng = make_rng(seed, f"batches/{job.block.name}")
+    groups = method.attach(job.module, mask_rng)
+    optimizer = torch.optim.Adam(groups, fused=True)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    count, (k, total) = len(job.targets[0]), place
+    for step in range(method.steps):
+        progress = step / method.steps
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate * (0.5 * (1 + math.cos(math.pi * progress)) if group["cosine"] else 1.0)
+        pick = torch.randint(count, (min(method.batch_size, count),), generator=pick_rng)
+        _step(job, method, optimizer, pick, mask_rng, progress)
+        feedback.progress("reconstruction", k * method.steps + step + 1, total * method.steps)
+
+
+def _step(
+    job: _Job,
+    method: Reconstructor,
+    optimizer: torch.optim.Optimizer,
+    pick: Tensor,
+    rng: torch.Generator,
+    progress: float,
+) -> None:
+    def batch(values: list[Tensor]) -> list[Tensor]:
+        return [v[pick].to(job.device) for v in values]
+
+    seen = [method.mix(t, s, rng) for t, s in zip(batch(job.teacher_in), batch(job.student_in))]
+    outputs = job.module(*seen)
+    loss = method.loss(job.module, list(outputs), batch(job.targets), None, progress)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+
+
+def _harden(student: fx.GraphModule, block: Block) -> None:
+    """Stores the block's weights and biases as integers and freezes its activation scales."""
+    producers = {str(n.target): n.all_input_nodes[0].meta["value"] for n in weighted_nodes(student)}
+    for path in block.layers:
+        layer = student.get_submodule(path)
+        held = integer_codes(layer, "weight")
+        if held is None:
+            continue
+        store_integer(layer, "weight", *held)
+        source = quantizer_of(student, producers[path])
+        if source is not None:
+            store_integer_bias(layer, source.scale.detach(), held[1].scale.detach())
+    for module in extract(student, block.inputs, block.outputs).modules():
+        if isinstance(module, ActFakeQuant):
+            module.frozen = True

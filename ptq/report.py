@@ -1,0 +1,155 @@
+"""The tables a run ends with, in the terminal and as `report.md`; and the plan table of `ptq inspect`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import fx
+
+from ptq.artifact import QuantizedModel
+from ptq.graph.ops import find_op, weighted_nodes
+from ptq.graph.plan import QuantPlan
+from ptq.spec import QuantSpec
+
+Row = Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One table: a title, column heads (a leading ">" aligns right) and rows."""
+
+    title: str
+    heads: Row
+    rows: list[Row]
+
+
+def plan_sections(gm: fx.GraphModule, plan: QuantPlan) -> list[Section]:
+    """The plan of a folded network: a table of layers and one of values."""
+    layers = []
+    for node in weighted_nodes(gm):
+        path, weight = str(node.target), gm.get_submodule(str(node.target)).weight
+        source = plan.values.get(node.all_input_nodes[0].meta["value"])
+        layers.append(
+            [path, _operation(gm, node), "×".join(map(str, weight.shape)), _grid(plan.weights.get(path)), _grid(source)]
+        )
+    values = []
+    for node in gm.graph.nodes:
+        name = node.meta.get("value")
+        if node.op != "output":
+            group = plan.group(name) if name in plan.values else ""
+            tied = "" if group in ("", name) else f"as {group}"
+            values.append(
+                [name, _operation(gm, node), "×".join(map(str, node.meta["shape"])), _grid(plan.values.get(name)), tied]
+            )
+    return [
+        Section("Layers", ["layer", "operation", "weight", "weight grid", "input grid"], layers),
+        Section("Values", ["value", "operation", "shape", "grid", "shared"], values),
+    ]
+
+
+def _operation(gm: fx.GraphModule, node: fx.Node) -> str:
+    op = find_op(gm, node)
+    return "input" if op is None else op.name
+
+
+def _grid(spec: QuantSpec | None) -> str:
+    if spec is None:
+        return "float"
+    sign = "int" if spec.signed else "uint"
+    return (
+        f"{sign}{spec.bits}"
+        + ("" if spec.symmetric else " + zero point")
+        + (" per channel" if spec.axis is not None else "")
+    )
+
+
+def run_sections(
+    qm: QuantizedModel, sizes: Mapping[str, int], proof: Mapping[str, Any] | None, accuracy: Mapping[str, float]
+) -> list[Section]:
+    """What a run ended with: blocks, agreement, accuracy where labels were given, the file's proof, sizes, notes."""
+    m, manifest = qm.manifest.metrics, qm.manifest
+    blocks = [
+        [
+            b["name"],
+            _widths(qm, b["layers"]),
+            f"{b['nearest_error']:.4g}",
+            f"{b['error']:.4g}",
+            b["kept"],
+            f"{b['sqnr_db']:.1f}",
+        ]
+        for b in manifest.blocks
+    ]
+    results = [
+        ["agrees with float on calibration images", _percent(m["agreement_nearest"]), _percent(m["agreement"])],
+        ["SQNR of the output, calibration images", f"{m['sqnr_db_nearest']:.1f} dB", f"{m['sqnr_db']:.1f} dB"],
+    ]
+    sections = [
+        Section("Blocks", ["block", "weights", ">nearest error", ">error", "kept", ">SQNR dB"], blocks),
+        Section(
+            "Against the float network",
+            ["", ">nearest", ">" + str(manifest.recipe["rounding"]).partition(":")[0]],
+            results,
+        ),
+    ]
+    if accuracy:
+        sections.append(
+            Section("Top-1 accuracy", ["network", ">top-1"], [[k, _percent(v)] for k, v in accuracy.items()])
+        )
+    if proof is not None:
+        sections.append(_proof_section(proof))
+    files = [[name, f"{size:,}", f"1/{sizes['float weights'] / size:.1f}"] for name, size in sizes.items()]
+    sections.append(Section("Bytes", ["", ">bytes", ">of float"], files))
+    seconds = [[stage, f"{s:.1f}"] for stage, s in manifest.seconds.items()]
+    sections.append(Section("Time", ["stage", ">seconds"], seconds))
+    return sections
+
+
+def _widths(qm: QuantizedModel, layers: Sequence[str]) -> str:
+    widths = [f"w{qm.plan.weights[p].bits}" for p in layers]
+    return ", ".join(f"{widths.count(w)}×{w}" for w in dict.fromkeys(widths))
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+def _proof_section(proof: Mapping[str, Any]) -> Section:
+    floats = proof["float_layers"]
+    rows = [
+        ["result", "passed" if proof["passed"] else f"FAILED: {proof['failure']}"],
+        ["runtime, images", f"{proof['runtime']}, {proof['images']}"],
+        ["same class as the simulation", _percent(proof["top1_agreement"])],
+        ["SQNR against the simulation", "equal" if proof["sqnr_db"] is None else f"{proof['sqnr_db']:.1f} dB"],
+        ["worst step of any tensor, equal inputs", str(proof["worst_steps"])],
+        ["layers in integer kernels", f"{proof['integer_layers']} of {proof['integer_layers'] + len(floats)}"],
+    ]
+    if floats:
+        rows.append(["layers in float", ", ".join(floats[:5]) + (" …" if len(floats) > 5 else "")])
+    return Section("Exported file against the simulation", ["", ""], rows)
+
+
+def print_sections(console: Console, sections: Sequence[Section], notes: Sequence[str] = ()) -> None:
+    """The tables on a terminal."""
+    for section in sections:
+        table = Table(title=section.title, title_justify="left", title_style="bold", show_header=any(section.heads))
+        for head in section.heads:
+            table.add_column(head.removeprefix(">"), justify="right" if head.startswith(">") else "left")
+        for row in section.rows:
+            table.add_row(*row)
+        console.print(table)
+    for note in notes:
+        console.print(f"note: {note}")
+
+
+def markdown(title: str, sections: Sequence[Section], notes: Sequence[str] = ()) -> str:
+    """The tables as a Markdown document."""
+    lines = [f"# {title}", ""]
+    for section in sections:
+        lines += [f"## {section.title}", "", "| " + " | ".join(h.removeprefix(">") for h in section.heads) + " |"]
+        lines.append("|" + "|".join("---:" if h.startswith(">") else "---" for h in section.heads) + "|")
+        lines += ["| " + " | ".join(row) + " |" for row in section.rows] + [""]
+    if notes:
+        lines += ["## Notes", "", *(f"- {note}" for note in notes), ""]
+    return "\n".join(lines)
