@@ -17,7 +17,8 @@ from torch import nn
 
 from ptq import plugins
 from ptq.artifact import QuantizedModel, check_free, integer_bytes, whole_folder
-from ptq.contracts import EFFORTS, Feedback
+from ptq.cli_options import build_parser
+from ptq.contracts import Feedback
 from ptq.errors import ArtifactError, ExportError, PtqError, ReconstructionError, SpecError
 from ptq.evaluate import onnx_runner, runner, top1
 from ptq.graph.fold_bn import fold_batch_norm
@@ -26,9 +27,8 @@ from ptq.graph.trace import trace
 from ptq.loading import load_model
 from ptq.pictures import Pictures, open_pictures
 from ptq.pipeline import export, proof_images, quantize
-from ptq.quant.ranges import ESTIMATORS
 from ptq.report import Section, markdown, plan_sections, print_sections, run_sections
-from ptq.spec import EDGES, BitConfig, PlanRules
+from ptq.spec import BitConfig, PlanRules
 
 _CPU = torch.device("cpu")
 _RECIPE = ("bits", "data", "rounding", "ranges", "edges", "adds", "seed")  # what --recipe takes over from a manifest
@@ -36,7 +36,7 @@ _RECIPE = ("bits", "data", "rounding", "ranges", "edges", "adds", "seed")  # wha
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command. Exit status: 0; 2 for a usage error or bad input; 1 where the work itself failed; 130 interrupted."""
-    args = _parser().parse_args(argv)
+    args = build_parser(_COMMANDS).parse_args(argv)
     logging.basicConfig(level=logging.INFO if args.debug else logging.WARNING, format="%(name)s: %(message)s")
     try:
         return args.run(args)
@@ -53,131 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"ptq: {type(e).__name__}: {' '.join(str(e).split())}", file=sys.stderr)
         return 1
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ptq", description="Quantizes trained float networks to integers, without data.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
-    commands = parser.add_subparsers(required=True, metavar="command")
-    for name, build, text in (
-        ("quantize", _quantize_options, "a trained float network → a verified integer network"),
-        ("inspect", _inspect_options, "print what would be quantized, and how, without doing it"),
-        ("export", _export_options, "write a quantized network for a target, and verify the file"),
-        ("eval", _eval_options, "accuracy of a quantized network and of its ONNX file, side by side"),
-        ("list", _list_options, "the data sources, rounding methods and targets there are"),
-        ("demo", _demo_options, "train a small network on handwritten digits and quantize it"),
-    ):
-        sub = commands.add_parser(
-            name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
-        build(sub)
-        sub.add_argument("--debug", action="store_true", help="show tracebacks and log messages")
-    return parser
-
-
-def _numbers(kind: type) -> Any:
-    def parse(text: str) -> tuple[Any, ...]:
-        try:
-            return tuple(kind(part) for part in text.split(","))
-        except ValueError as e:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers separated by commas") from e
-
-    return parse
-
-
-def _model_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "model", type=Path, help="state dict (.pt, .pth, .safetensors), or a pickled module with --trust-pickle"
-    )
-    p.add_argument(
-        "--input-shape", type=_numbers(int), metavar="C,H,W", help="channels, height and width in pixels (required)"
-    )
-    p.add_argument(
-        "--arch",
-        help="what builds the network: package.module:factory, path/to/file.py:factory, torchvision:resnet18; literal arguments may follow, file.py:Net(20)",
-    )
-    p.add_argument("--trust-pickle", action="store_true", help="unpickle a whole module; this runs code from the file")
-    p.add_argument(
-        "--bits", help="w<weights>a<activations>, 2 to 8 bits each; w4 leaves activations float; default w8a8"
-    )
-    p.add_argument(
-        "--edges",
-        choices=EDGES,
-        help="first and last layer: brecq, qdrop keep 8 bits there, all does not; default brecq",
-    )
-    p.add_argument("--adds", type=int, metavar="BITS", help="bits of tensors that enter no weighted layer; default 8")
-
-
-def _quantize_options(p: argparse.ArgumentParser) -> None:
-    _model_options(p)
-    p.add_argument("-o", "--output", type=Path, required=True, help="folder to write; appears whole or not at all")
-    p.add_argument(
-        "--data",
-        help="calibration images: genie, gaussian, images:PATH; options follow a colon, genie:steps=500,count=256; default genie",
-    )
-    p.add_argument("--rounding", help="genie_m or nearest, with options likewise; default genie_m")
-    p.add_argument("--ranges", choices=sorted(ESTIMATORS), help="how scales are chosen; default lp")
-    p.add_argument(
-        "--effort",
-        choices=EFFORTS,
-        default="standard",
-        help="images and steps: quick minutes, standard, full the papers' numbers",
-    )
-    p.add_argument(
-        "--mean",
-        type=_numbers(float),
-        metavar="M,M,M",
-        help="normalization the inputs carry, (pixel/255 - mean)/std, per channel",
-    )
-    p.add_argument("--std", type=_numbers(float), metavar="S,S,S", help="see --mean")
-    p.add_argument("--seed", type=int, help="of every random choice; default 0")
-    p.add_argument("--device", default="cpu", help="where the work is done: cpu, cuda, cuda:1")
-    p.add_argument("--target", default="onnx_qdq", help="exporter; none writes no file for a runtime")
-    p.add_argument(
-        "--val", type=Path, help="labelled pictures for top-1: folder or .npz (x, y); never used to choose anything"
-    )
-    p.add_argument(
-        "--recipe",
-        type=Path,
-        metavar="MANIFEST",
-        help="take every option not given here from an earlier run's manifest.json",
-    )
-    p.add_argument("--force", action="store_true", help="overwrite an output folder of an earlier run")
-    p.add_argument("--quiet", action="store_true", help="print nothing but errors")
-    p.add_argument("--json", action="store_true", help="print the closing figures as JSON on standard output")
-    p.set_defaults(run=_quantize)
-
-
-def _inspect_options(p: argparse.ArgumentParser) -> None:
-    _model_options(p)
-    p.set_defaults(run=_inspect)
-
-
-def _export_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("folder", type=Path, help="what 'ptq quantize -o' wrote")
-    p.add_argument("--target", default="onnx_qdq", help="exporter")
-    p.add_argument(
-        "-o", "--output", type=Path, help="file to write; default: model and the target's suffix, in the folder"
-    )
-    p.set_defaults(run=_export)
-
-
-def _eval_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("folder", type=Path, help="what 'ptq quantize -o' wrote")
-    p.add_argument("--val", type=Path, required=True, help="labelled pictures: folder or .npz (x, y)")
-    p.add_argument("--json", action="store_true", help="print the figures as JSON")
-    p.set_defaults(run=_eval)
-
-
-def _list_options(p: argparse.ArgumentParser) -> None:
-    p.set_defaults(run=_list)
-
-
-def _demo_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("folder", type=Path, nargs="?", default=Path("demo"), help="folder to work in")
-    p.set_defaults(run=_demo)
 
 
 def _settle(args: argparse.Namespace) -> None:
@@ -363,3 +238,8 @@ def _demo(args: argparse.Namespace) -> int:
     from ptq.demo import run_demo  # scikit-learn, an extra, is needed only here
 
     return run_demo(args.folder, main, print)
+
+
+_COMMANDS = {
+    "quantize": _quantize, "inspect": _inspect, "export": _export, "eval": _eval, "list": _list, "demo": _demo,
+}  # fmt: skip

@@ -52,20 +52,26 @@ def dequantize(codes: Tensor, q: QParams) -> Tensor:
 class _FakeQuantize(torch.autograd.Function):
     """Quantize and dequantize. Gradient: straight-through inside the range for x, LSQ's for the scale.
 
+    Elements where `skip` is 1 stay as they are and let the gradient through.
+
     Ref: Esser et al., LSQ, ICLR 2020, eq. 3.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, s: Tensor, z: Tensor, qmin: int, qmax: int) -> Tensor:
+    def forward(ctx, x: Tensor, s: Tensor, z: Tensor, qmin: int, qmax: int, skip: Tensor | None) -> Tensor:
         v = x / s
         r = torch.round(v).add_(z)
         c = r.clamp(qmin, qmax)
         if any(ctx.needs_input_grad):
-            inside = r == c
+            inside = (r == c).to(x.dtype)
             slope = c.sub(z).sub_(v.mul_(inside)) if ctx.needs_input_grad[1] else None
+            if skip is not None:
+                inside = torch.maximum(inside, skip)
+                slope = slope.mul_(1 - skip) if slope is not None else None
             ctx.save_for_backward(inside, slope)
             ctx.scale_shape = s.shape
-        return c.sub_(z).mul_(s)
+        out = c.sub_(z).mul_(s)
+        return out if skip is None else torch.lerp(out, x, skip)
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
@@ -73,11 +79,14 @@ class _FakeQuantize(torch.autograd.Function):
         inside, slope = ctx.saved_tensors
         grad_x = grad * inside if ctx.needs_input_grad[0] else None
         grad_s = (grad * slope).sum_to_size(ctx.scale_shape) if slope is not None else None
-        return grad_x, grad_s, None, None, None
+        return grad_x, grad_s, None, None, None, None
 
 
-def fake_quantize(x: Tensor, q: QParams) -> Tensor:
-    """`dequantize(quantize(x))` in float32, with gradients to `x` and, where it asks for them, to `q.scale`."""
+def fake_quantize(x: Tensor, q: QParams, skip: Tensor | None = None) -> Tensor:
+    """`dequantize(quantize(x))` in float32, with gradients to `x` and, where it asks for them, to `q.scale`.
+
+    skip: same shape as `x`, of its dtype, 1 where an element stays float and 0 elsewhere.
+    """
     s = along_axis(q.scale, x.ndim, q.spec.axis)
     z = along_axis(q.zero_point, x.ndim, q.spec.axis).to(x.dtype)
-    return _FakeQuantize.apply(x, s, z, q.spec.qmin, q.spec.qmax)  # type: ignore[return-value]
+    return _FakeQuantize.apply(x, s, z, q.spec.qmin, q.spec.qmax, skip)  # type: ignore[return-value]

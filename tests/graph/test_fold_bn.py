@@ -1,0 +1,124 @@
+"""Folding keeps what the network computes, value by value."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ptq.graph.fold_bn import fold_batch_norm, fold_error, unfolded
+from ptq.graph.ops import weighted_nodes
+from ptq.graph.trace import trace
+from tests.stages import assert_unchanged, fingerprint, relative_error, values
+from tests.zoo import SHAPE, ZOO, build, images
+
+# One rounding of each weight and other sums: some float32 steps of 6e-8 per layer, over a handful of layers.
+_RELATIVE = 1e-5
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_outputs_are_preserved(name: str, device: torch.device):
+    teacher = trace(build(name), SHAPE).to(device)
+    x = images(32, seed=1).to(device)
+    folded = fold_batch_norm(teacher)
+    with torch.no_grad():
+        error = relative_error(folded(x), teacher(x))
+    assert error < _RELATIVE
+    assert fold_error(teacher, folded, x) == pytest.approx(error)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_every_value_is_the_teachers(name: str):
+    teacher = trace(build(name), SHAPE)
+    folded = fold_batch_norm(teacher)
+    expected, got = (values(gm, images()) for gm in (teacher, folded))
+    assert set(got) <= set(expected)
+    assert {name: relative_error(x, expected[name]) for name, x in got.items() if relative_error(x, expected[name]) > _RELATIVE} == {}
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_only_batch_norms_without_a_layer_before_them_stay(name: str):
+    teacher = trace(build(name), SHAPE)
+    left = ["blocks.0.bn1", "blocks.1.bn1", "bn"] if name == "pre_activation" else []
+    folded = fold_batch_norm(teacher)
+    assert unfolded(folded) == left
+    # Modules that no node calls are gone from the copy.
+    assert [k for k, m in folded.named_modules() if isinstance(m, nn.BatchNorm2d)] == left
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_argument_is_unchanged(name: str):
+    teacher = trace(build(name), SHAPE)
+    before = fingerprint(teacher)
+    folded = fold_batch_norm(teacher)
+    assert_unchanged(teacher, before)
+    for node in weighted_nodes(folded):
+        folded.get_submodule(str(node.target)).weight.data.zero_()
+    assert_unchanged(teacher, before)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_folding_twice_changes_nothing_more(name: str):
+    folded = fold_batch_norm(trace(build(name), SHAPE))
+    assert_unchanged(fold_batch_norm(folded), fingerprint(folded))
+
+
+def test_weights_are_those_of_the_formula():
+    """W' = W · γ/√(σ²+ε), b' = (b - μ) · γ/√(σ²+ε) + β; here for a grouped convolution with a bias."""
+    net = build("grouped")
+    conv, norm = net[3], net[4]
+    folded = fold_batch_norm(trace(net, SHAPE)).get_submodule("3")
+    gain = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    weight = conv.weight.double() * gain.view(-1, 1, 1, 1)
+    bias = (conv.bias.double() - norm.running_mean.double()) * gain + norm.bias.double()
+    assert torch.equal(folded.weight, weight.float()) and torch.equal(folded.bias, bias.float())
+    assert not folded.weight.requires_grad and not folded.bias.requires_grad
+
+
+class Pair(nn.Module):
+    """A layer and a BatchNorm behind it: `body(layer, norm, x)`."""
+
+    def __init__(self, layer: nn.Module, norm: nn.Module, body: Callable | None = None) -> None:
+        super().__init__()
+        self.layer, self.norm, self.body = layer, norm, body or (lambda layer, norm, x: norm(layer(x)))
+        for p in (norm.running_mean, norm.running_var):
+            if p is not None:
+                p.uniform_(0.5, 2, generator=torch.Generator().manual_seed(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.layer, self.norm, x)
+
+
+FOLDED = {
+    "without affine parameters": lambda: Pair(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6, affine=False)),
+    "behind a linear layer": lambda: Pair(nn.Linear(768, 6), nn.BatchNorm1d(6), lambda f, norm, x: norm(f(x.flatten(1)))),
+    "on a network's only layer": lambda: Pair(nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6)),
+}
+KEPT = {
+    "before the layer": lambda: Pair(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(3), lambda f, norm, x: f(norm(x))),
+    "whose input is read elsewhere": lambda: Pair(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), lambda f, norm, x: (lambda y: norm(y) * y)(f(x))),
+    "behind a ReLU": lambda: Pair(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), lambda f, norm, x: norm(f(x).relu())),
+    "without running statistics": lambda: Pair(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6, track_running_stats=False)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FOLDED)
+def test_folds(case: str):
+    teacher = trace(FOLDED[case](), SHAPE)
+    folded = fold_batch_norm(teacher)
+    assert unfolded(folded) == [] and fold_error(teacher, folded, images()) < _RELATIVE
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_keeps(case: str):
+    teacher = trace(KEPT[case](), SHAPE)
+    folded = fold_batch_norm(teacher)
+    assert unfolded(folded) == ["norm"] and fold_error(teacher, folded, images()) == 0
+
+
+def test_small_variances_cost_no_digits():
+    """Channels that were constant in training: the division is by √ε."""
+    net = Pair(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6))
+    net.norm.running_var.copy_(torch.tensor([0.0, 1e-30, 1e-12, 1e-6, 1.0, 1e6]))
+    teacher = trace(net, SHAPE)
+    assert fold_error(teacher, fold_batch_norm(teacher), images()) < _RELATIVE

@@ -1,0 +1,198 @@
+"""What gets which grid."""
+
+import json
+
+import pytest
+import torch
+from torch import fx, nn
+
+from ptq.errors import ModelError
+from ptq.graph.fold_bn import fold_batch_norm
+from ptq.graph.ops import find_op, input_node, output_node, weighted_nodes
+from ptq.graph.plan import QuantPlan, make_plan, merged_clamp
+from ptq.graph.trace import trace
+from ptq.spec import BitConfig, PlanRules, QuantSpec
+from tests.stages import assert_unchanged, fingerprint, values
+from tests.zoo import SHAPE, ZOO, build, images
+
+
+def _folded(name: str) -> fx.GraphModule:
+    return fold_batch_norm(trace(build(name), SHAPE))
+
+
+def _plan(gm: fx.GraphModule, bits: str = "w4a4", **rules) -> QuantPlan:
+    return make_plan(gm, BitConfig.parse(bits), PlanRules(**rules))
+
+
+def _clamped(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """The node that carries the quantizer of a node's result: a ReLU behind it, or itself."""
+    return merged_clamp(gm, node) or node
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_covers_every_tensor_that_integer_kernels_touch(name: str):
+    """Inputs of layers, and inputs and results of additions, products, concatenations and pools; not the logits."""
+    gm = _folded(name)
+    plan = _plan(gm)
+    needed = {input_node(gm)}
+    for node in gm.graph.nodes:
+        op = find_op(gm, node)
+        if op is not None and op.role in ("weighted", "join", "concat", "pool", "same"):
+            needed |= {*node.all_input_nodes, _clamped(gm, node)}
+    needed.discard(output_node(gm))
+    assert {n.meta["value"] for n in needed} <= set(plan.values)
+    assert output_node(gm).meta["value"] not in plan.values
+    assert list(plan.weights) == [str(n.target) for n in weighted_nodes(gm)]
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_result_of_a_layer_is_not_quantized_before_its_relu(name: str):
+    gm = _folded(name)
+    before = {n.meta["value"] for n in gm.graph.nodes if n.op != "output" and merged_clamp(gm, n) is not None}
+    assert before and not before & set(_plan(gm).values)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_symmetric_where_no_value_can_be_negative(name: str):
+    gm = _folded(name)
+    plan = _plan(gm)
+    tied = {v for tie in plan.ties for v in tie}
+    for node in gm.graph.nodes:
+        value, op = node.meta.get("value"), find_op(gm, node)
+        if value in plan.values and value not in tied and op is not None and (op.role == "clamp" or op.name == "sigmoid"):
+            assert plan.values[value].symmetric
+    assert all(not spec.signed and spec.axis is None for spec in plan.values.values())
+    lowest = {value: float(x.min()) for value, x in values(gm, images()).items()}
+    assert all(lowest[value] >= 0 for value, spec in plan.values.items() if spec.symmetric)
+    assert any(spec.symmetric for spec in plan.values.values())
+    assert not plan.values[input_node(gm).meta["value"]].symmetric
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_ties_are_disjoint_and_of_one_spec(name: str):
+    plan = _plan(_folded(name))
+    members = [v for tie in plan.ties for v in tie]
+    assert len(members) == len(set(members)) and all(len(tie) > 1 for tie in plan.ties)
+    order = list(plan.values)
+    for tie in plan.ties:
+        assert len({plan.values[v] for v in tie}) == 1
+        assert {plan.group(v) for v in tie} == {min(tie, key=order.index)}
+    assert all(plan.group(v) == v for v in order if v not in members)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_moves_and_concatenations_are_tied_to_their_sources(name: str):
+    gm = _folded(name)
+    plan = _plan(gm)
+    for node in gm.graph.nodes:
+        op = find_op(gm, node)
+        if op is not None and op.role in ("same", "concat"):
+            assert len({plan.group(n.meta["value"]) for n in (node, *node.all_input_nodes)}) == 1
+
+
+def test_ties_of_known_nets():
+    def ties(name: str) -> set[frozenset[str]]:
+        return set(_plan(_folded(name)).ties)
+
+    assert frozenset({"pool", "relu"}) in ties("plain")
+    assert frozenset({"x", "stem_0"}) in ties("depthwise")  # zero padding of the input
+    (join,) = [tie for tie in ties("concat") if "cat_1" in tie]
+    assert len(join) == 4  # three branches and what joins them
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_adds_is_for_what_enters_no_layer(name: str):
+    gm = _folded(name)
+    plan = _plan(gm, "w4a3", adds=6, edges="all")
+    entering = {plan.group(n.all_input_nodes[0].meta["value"]) for n in weighted_nodes(gm)}
+    first = plan.group(input_node(gm).meta["value"])
+    for value, spec in plan.values.items():
+        group = plan.group(value)
+        assert spec.bits == (8 if group == first else 3 if group in entering else 6), value
+
+
+def test_adds_of_a_residual_net():
+    plan = _plan(_folded("residual"), "w4a3", adds=6, edges="all")
+    assert {v for v, spec in plan.values.items() if spec.bits == 6} == {"layers_0_bn2", "layers_1_bn2", "layers_1_shortcut_1", "relu_4"}
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_edges(name: str):
+    """brecq: first and last layer, first output and last input wide; qdrop: not the first output; all: none of them."""
+    gm = _folded(name)
+    layers = weighted_nodes(gm)
+    first, last = str(layers[0].target), str(layers[-1].target)
+    first_out = _clamped(gm, layers[0]).meta["value"]
+    last_in = layers[-1].all_input_nodes[0].meta["value"]
+    plans = {edges: _plan(gm, "w2a3e7", edges=edges, adds=3) for edges in ("brecq", "qdrop", "all")}
+    widths = {
+        edges: (p.weights[first].bits, p.weights[last].bits, p.values[first_out].bits, p.values[last_in].bits)
+        for edges, p in plans.items()
+    }
+    assert widths == {"brecq": (7, 7, 7, 7), "qdrop": (7, 7, 3, 7), "all": (2, 2, 3, 3)}
+    for plan in plans.values():
+        assert {spec.bits for path, spec in plan.weights.items() if path not in (first, last)} == {2}
+        assert plan.values[input_node(gm).meta["value"]].bits == 7
+        wide = {plan.group(v) for v in (first_out, last_in, input_node(gm).meta["value"])}
+        assert {spec.bits for v, spec in plan.values.items() if plan.group(v) not in wide} <= {3}
+
+
+@pytest.mark.parametrize(("bits", "asymmetric"), [("w2", True), ("w4a4", True), ("w5a8", False), ("w8a8", False)])
+def test_narrow_weights_have_zero_points(bits: str, asymmetric: bool):
+    plan = _plan(_folded("residual"), bits, edges="all")
+    width = BitConfig.parse(bits).weight
+    assert set(plan.weights.values()) == {QuantSpec(width, signed=True, symmetric=not asymmetric, axis=0)}
+    kept = _plan(_folded("residual"), bits, edges="all", asymmetric_below=0)
+    assert all(spec.symmetric for spec in kept.weights.values())
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_weights_only(name: str):
+    plan = _plan(_folded(name), "w4")
+    assert not plan.values and not plan.ties and len(plan.weights) > 1
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_is_plain_data(name: str):
+    plan = _plan(_folded(name))
+    again = QuantPlan.from_json(json.loads(json.dumps(plan.to_json())))
+    assert (dict(again.weights), dict(again.values), set(again.ties)) == (plan.weights, plan.values, set(plan.ties))
+    assert list(again.values) == list(plan.values)  # groups are named by order
+    assert {v: again.group(v) for v in again.values} == {v: plan.group(v) for v in plan.values}
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_argument_is_unchanged(name: str):
+    gm = _folded(name)
+    before = fingerprint(gm)
+    _plan(gm)
+    assert_unchanged(gm, before)
+
+
+def test_one_layer_is_first_and_last():
+    plan = _plan(trace(nn.Sequential(nn.Conv2d(3, 4, 3)), SHAPE), "w2a2e8")
+    assert [spec.bits for spec in plan.weights.values()] == [8]
+    assert [spec.bits for spec in plan.values.values()] == [8]
+
+
+def test_a_clamp_behind_the_last_layer_stays_float_with_it():
+    plan = _plan(trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten()), SHAPE))
+    assert list(plan.values) == ["input_1"]
+
+
+def test_nothing_to_quantize():
+    with pytest.raises(ModelError, match="nothing to quantize"):
+        _plan(trace(nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)), SHAPE))
+
+
+def test_a_tensor_that_is_joined_with_a_negative_one_is_not_unsigned():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.c(torch.cat([self.a(x).relu(), self.b(x)], 1))
+
+    plan = _plan(trace(Net(), SHAPE))
+    assert {plan.values[v].symmetric for v in ("relu", "b", "cat")} == {False}

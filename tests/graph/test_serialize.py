@@ -1,0 +1,139 @@
+"""A student's graph as JSON and back."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from ptq.contracts import Feedback, make_rng
+from ptq.graph.fold_bn import fold_batch_norm
+from ptq.graph.insert import insert_fake_quant
+from ptq.graph.observe import observe, weight_params
+from ptq.graph.ops import OPS, find_op
+from ptq.graph.plan import QuantPlan, make_plan
+from ptq.graph.serialize import graph_from_json, graph_to_json
+from ptq.graph.trace import trace
+from ptq.quant.ranges import minmax
+from ptq.reconstruct._loop import reconstruct_blocks
+from ptq.reconstruct.nearest import Nearest
+from ptq.spec import BitConfig, PlanRules
+from tests.stages import assert_unchanged, fingerprint
+from tests.zoo import SHAPE, ZOO, build, images
+
+
+def _hardened(net: nn.Module, bits: str) -> tuple[fx.GraphModule, QuantPlan]:
+    """A network with nearest rounding, its weights stored as integers."""
+    teacher = trace(net, SHAPE)
+    folded = fold_batch_norm(teacher)
+    plan = make_plan(folded, BitConfig.parse(bits), PlanRules())
+    acts = observe(teacher, plan, [images()], minmax, rng=make_rng(0, "ranges")) if plan.values else {}
+    student = insert_fake_quant(folded, plan, acts, weight_params(folded, plan, minmax))
+    device = torch.device("cpu")
+    return reconstruct_blocks(teacher, student, images(), Nearest(), seed=0, device=device, feedback=Feedback())[0], plan
+
+
+def _round_trip(gm: fx.GraphModule, plan: QuantPlan) -> fx.GraphModule:
+    """Through text, as on disk; the plan too."""
+    text = json.dumps({"graph": graph_to_json(gm), "plan": plan.to_json()}, allow_nan=False)
+    data = json.loads(text)
+    again = graph_from_json(data["graph"], QuantPlan.from_json(data["plan"]))
+    again.load_state_dict({k: v.clone() for k, v in gm.state_dict().items()}, assign=True)
+    return again
+
+
+def _without_node_names(gm: fx.GraphModule) -> list[dict]:
+    """The rows with nodes by position: FX names nodes anew when it builds them; values, paths and fields are kept."""
+    rows = graph_to_json(gm)
+    position = {row["name"]: k for k, row in enumerate(rows)}
+    return [row | {"name": position[row["name"]], "inputs": [position[i] for i in row["inputs"]]} for row in rows]
+
+
+@pytest.mark.parametrize("bits", ["w4a4", "w8a8", "w2", "w3a5e6"])
+@pytest.mark.parametrize("name", ZOO)
+def test_round_trip_is_bit_equal(name: str, bits: str):
+    gm, plan = _hardened(build(name), bits)
+    again = _round_trip(gm, plan)
+    with torch.no_grad():
+        assert torch.equal(again(images(8, seed=1)), gm(images(8, seed=1)))
+    assert _without_node_names(again) == _without_node_names(gm)
+    assert not again.training and not any(p.requires_grad for p in again.parameters())
+    assert not any(t.is_meta for t in again.state_dict().values())
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_no_float_weight_is_stored(name: str):
+    """Integer codes are the truth: int8 weights, int32 biases; in float only scales and what stays float."""
+    gm, plan = _hardened(build(name), "w4a4")
+    state = gm.state_dict()
+    for path in plan.weights:
+        assert state[f"{path}.parametrizations.weight.original"].dtype == torch.int8
+        bias = state.get(f"{path}.parametrizations.bias.original")
+        assert (bias is None) == (gm.get_submodule(path).bias is None) and (bias is None or bias.dtype == torch.int32)
+        assert f"{path}.weight" not in state and f"{path}.bias" not in state
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_network_is_unchanged(name: str):
+    gm, plan = _hardened(build(name), "w4a4")
+    before = fingerprint(gm)
+    again = _round_trip(gm, plan)
+    for tensor in again.state_dict().values():
+        tensor.zero_()
+    assert_unchanged(gm, before)
+
+
+class Everything(nn.Module):
+    """Every operation of the table that the zoo does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, (3, 5), stride=(1, 2), padding=(2, 2), dilation=(2, 1))
+        self.act, self.head, self.norm = nn.LeakyReLU(0.2), nn.Linear(8, 10), nn.BatchNorm1d(10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.conv(x))
+        x = F.avg_pool2d(x, (3, 2), stride=(1, 2), padding=(1, 0), ceil_mode=True, count_include_pad=False)
+        x = F.gelu(F.interpolate(x, scale_factor=2), approximate="tanh") * torch.tanh(F.interpolate(x, scale_factor=2))
+        x = F.hardswish(F.max_pool2d(x, 3, 2, 1, ceil_mode=True))
+        x = self.head(x.permute(0, 2, 3, 1))
+        return self.norm(F.relu(x.transpose(1, -1).mean((2, 3))))
+
+
+@pytest.mark.parametrize("bits", ["w8a8", "w4"])
+def test_every_operation_round_trips(bits: str):
+    net = Everything().eval()
+    net.norm.running_mean.fill_(0.1)
+    gm, plan = _hardened(net, bits)
+    again = _round_trip(gm, plan)
+    with torch.no_grad():
+        assert torch.equal(again(images(8, seed=1)), gm(images(8, seed=1)))
+    assert _without_node_names(again) == _without_node_names(gm)
+
+
+def test_every_operation_is_tried():
+    found = set()
+    for net in (Everything().eval(), *(build(name) for name in ZOO)):
+        gm, _ = _hardened(net, "w8a8")
+        found |= {op.name for n in gm.graph.nodes if (op := find_op(gm, n)) is not None}
+    assert found == {op.name for op in OPS.values()}
+
+
+class LeadingNorm(nn.Module):
+    """A BatchNorm that cannot fold."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.conv = norm, nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.norm(x))
+
+
+@pytest.mark.parametrize("options", [{}, {"eps": 1e-3}, {"affine": False}], ids=str)
+def test_kinds_of_batch_norm_that_stay(options: dict):
+    gm, plan = _hardened(LeadingNorm(nn.BatchNorm2d(3, **options)).eval(), "w8a8")
+    again = _round_trip(gm, plan)
+    with torch.no_grad():
+        assert torch.equal(again(images(8, seed=1)), gm(images(8, seed=1)))

@@ -1,0 +1,159 @@
+"""Networks that cannot be traced: the message names what and where."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ptq.errors import ModelError
+from ptq.graph.trace import trace
+from tests.graph.test_trace import Around
+from tests.zoo import SHAPE, build
+
+
+class DataDependent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        if y.sum() > 0:
+            y = -y
+        return y
+
+
+class UnknownFunction(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return torch.cumsum(y, 1)
+
+
+def _line(net: type, text: str) -> str:
+    """ "file.py" and the number of the first line below `forward` of a class that reads `text`."""
+    code = net.forward.__code__
+    with open(code.co_filename, encoding="utf-8") as f:
+        lines = f.read().splitlines()
+    return next(str(k) for k in range(code.co_firstlineno, len(lines)) if lines[k - 1].strip() == text)
+
+
+def test_control_flow_on_data_names_the_line():
+    with pytest.raises(ModelError) as caught:
+        trace(DataDependent(), SHAPE)
+    message = str(caught.value)
+    assert f"test_trace_errors.py:{_line(DataDependent, 'if y.sum() > 0:')} `if y.sum() > 0:`" in message
+    assert "control flow" in message and "\n" not in message
+    assert caught.value.__cause__ is not None
+
+
+def test_unknown_function_is_named_with_its_line():
+    with pytest.raises(ModelError) as caught:
+        trace(UnknownFunction(), SHAPE)
+    message = str(caught.value)
+    assert "unknown operation cumsum" in message and "known: add, " in message and "\n" not in message
+    assert f"line {_line(UnknownFunction, 'return torch.cumsum(y, 1)')}" in message and "test_trace_errors.py" in message
+
+
+def test_unknown_module_is_named_with_path_and_type():
+    with pytest.raises(ModelError, match=r"unknown module m\.0 of type PReLU at m_0 \(.*test_trace.*known: add, "):
+        trace(Around(lambda s, y: s.m[0](y), nn.PReLU()), SHAPE)
+
+
+def test_a_subclass_of_a_known_module_is_not_taken_for_it():
+    class Halved(nn.ReLU):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) - x
+
+    with pytest.raises(ModelError, match="unknown operation sub"):
+        trace(Around(lambda s, y: s.m[0](y), Halved()), SHAPE)
+
+
+def test_two_inputs():
+    class Net(Around):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.conv(x) + self.conv(y)
+
+    with pytest.raises(ModelError, match=r"takes 2 inputs, x, y; one is supported"):
+        trace(Net(lambda s, y: y), SHAPE)
+
+
+@pytest.mark.parametrize("result", [lambda s, y: (y, y.relu()), lambda s, y: [y, y], lambda s, y: {"out": y}])
+def test_more_than_one_output(result: Callable):
+    with pytest.raises(ModelError, match="returns more than one tensor; wrap it"):
+        trace(Around(result), SHAPE)
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 16), (3, 2, 2)])
+def test_input_of_another_shape(shape: tuple[int, int, int]):
+    given = ", ".join(map(str, shape))
+    with pytest.raises(ModelError, match=rf"does not run on input \[B, {given}\]: .*check the input shape"):
+        trace(build("plain"), shape)
+
+
+def test_double_precision():
+    with pytest.raises(ModelError, match=r"float64.*model\.float\(\)"):
+        trace(build("plain").double(), SHAPE)
+
+
+BATCH_FIXED = {
+    "at run time": lambda s, y: y.mean((2, 3)).view(2, 8),
+    "silently": lambda s, y: y.view(2, -1),
+}
+
+
+@pytest.mark.parametrize("case", BATCH_FIXED)
+def test_a_batch_size_fixed_in_the_network(case: str):
+    with pytest.raises(ModelError, match="batch size"):
+        trace(Around(BATCH_FIXED[case]), SHAPE)
+
+
+UNEQUAL = {
+    "random numbers": lambda s, y: F.dropout(y, training=True),
+    "a write through a view": lambda s, y: torch.cat([y[:, :3].relu_(), y], 1),
+}
+
+
+@pytest.mark.parametrize("case", UNEQUAL)
+def test_what_would_be_computed_wrongly_is_refused(case: str):
+    with pytest.raises(ModelError, match="does not compute what the original does"):
+        trace(Around(UNEQUAL[case]), SHAPE)
+
+
+UNSUPPORTED = {
+    "padding with mode 'reflect'": lambda s, y: F.pad(y, (1, 1, 1, 1), mode="reflect"),
+    "and value 1": lambda s, y: F.pad(y, (1, 1), value=1),
+    r"padding \(-1, 0\)": lambda s, y: F.pad(y, (-1, 0)),
+    "concatenation along dimension 2": lambda s, y: torch.cat([y, y], 2),
+    "add of a tensor and a constant": lambda s, y: y + 1,
+    "mul of a tensor and a constant": lambda s, y: 2 * y,
+    "nearest interpolation from": lambda s, y: F.interpolate(y, size=(24, 24)),
+    "interpolation other than nearest": lambda s, y: F.interpolate(y, scale_factor=2, mode="bilinear"),
+    "adaptive pooling from 16×16 to 5×5": lambda s, y: F.adaptive_avg_pool2d(y, 5),
+    r"mean over dimensions \(1,\)": lambda s, y: y.mean(1),
+    "divisor_override": lambda s, y: F.avg_pool2d(y, 2, divisor_override=3),
+    "clamping to -1.0…1.0": lambda s, y: F.hardtanh(y),
+    r"index \(0,\)": lambda s, y: y[0],
+    "index .*; slices along channels": lambda s, y: y[:, 0],
+    "moves the batch dimension": lambda s, y: y.permute(1, 0, 2, 3),
+    "pads with 'circular'": (lambda s, y: s.m[0](y), nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular")),
+    "even kernel": (lambda s, y: s.m[0](y), nn.Conv2d(8, 8, 2, padding="same")),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # torch's own word on that very layer
+@pytest.mark.parametrize("message", UNSUPPORTED)
+def test_unsupported_form_of_a_known_operation(message: str):
+    body, *modules = UNSUPPORTED[message] if isinstance(UNSUPPORTED[message], tuple) else (UNSUPPORTED[message],)
+    with pytest.raises(ModelError, match=rf"not supported in \w+: .*{message}"):
+        trace(Around(body, *modules), SHAPE)
+
+
+def test_a_constant_tensor():
+    with pytest.raises(ModelError, match="not computed from the input by known operations"):
+        trace(Around(lambda s, y: y + torch.ones(8, 1, 1)), SHAPE)

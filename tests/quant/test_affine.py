@@ -1,0 +1,142 @@
+"""The arithmetic, against numpy and against formulas."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ptq.quant.affine import QParams, along_axis, dequantize, fake_quantize, quantize
+from ptq.spec import QuantSpec
+
+# Every bit width, signed and unsigned, with and without zero point, per tensor and per channel.
+SPECS = [
+    QuantSpec(bits, signed, symmetric, axis)
+    for bits, signed, symmetric, axis in itertools.product((2, 3, 4, 8), (True, False), (True, False), (None, 0, 1))
+]
+SHAPE = (6, 5, 7)
+
+
+def _grid(spec: QuantSpec, seed: int = 0) -> QParams:
+    """Scales that are no powers of two, so that divisions round; zero points anywhere on the grid."""
+    rng = torch.Generator().manual_seed(seed)
+    size = () if spec.axis is None else (SHAPE[spec.axis],)
+    scale = 0.01 + torch.rand(size, generator=rng)
+    zero = torch.randint(spec.qmin, spec.qmax + 1, size, generator=rng, dtype=torch.int32)
+    return QParams(scale, zero * 0 if spec.symmetric else zero, spec)
+
+
+def _values(seed: int = 1) -> Tensor:
+    """Values on both sides of every grid's range, and inside it."""
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(SHAPE, generator=rng)
+    return x * 10 ** (4 * torch.rand(SHAPE, generator=rng) - 2)
+
+
+def _numpy(x: Tensor, q: QParams) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and values as ONNX QuantizeLinear and DequantizeLinear define them: divide, round half to even, add, clamp."""
+    shape = [1] * x.ndim
+    if q.spec.axis is not None:
+        shape[q.spec.axis] = -1
+    s, z = q.scale.numpy().reshape(shape), q.zero_point.numpy().reshape(shape)
+    codes = np.clip(np.rint(x.numpy() / s) + z, q.spec.qmin, q.spec.qmax).astype(np.int32)
+    return codes, (codes - z).astype(np.float32) * s
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_equals_numpy(spec: QuantSpec, device: torch.device):
+    x, q = _values(), _grid(spec)
+    codes, real = _numpy(x, q)
+    on_device = x.to(device), q.to(device)
+    assert np.array_equal(quantize(*on_device).cpu().numpy(), codes)
+    assert np.array_equal(fake_quantize(*on_device).cpu().numpy(), real)
+    assert np.array_equal(dequantize(torch.from_numpy(codes).to(device), on_device[1]).cpu().numpy(), real)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_is_dequantize_of_quantize(spec: QuantSpec, device: torch.device):
+    x, q = _values().to(device), _grid(spec).to(device)
+    codes = quantize(x, q)
+    assert codes.dtype == torch.int32
+    assert spec.qmin <= int(codes.min()) <= int(codes.max()) <= spec.qmax
+    assert torch.equal(fake_quantize(x, q), dequantize(codes, q))
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_is_idempotent(spec: QuantSpec):
+    q = _grid(spec)
+    once = fake_quantize(_values(), q)
+    assert torch.equal(fake_quantize(once, q), once)
+    assert torch.equal(quantize(once, q), quantize(_values(), q))
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_exact_ties_go_to_the_even_multiple(zero: int):
+    """Half a step rounds before the zero point is added; 0.25 makes every tie exact in binary."""
+    q = QParams(torch.tensor(0.25), torch.tensor(zero, dtype=torch.int32), QuantSpec(8, True, False))
+    halves = torch.arange(-20, 20, dtype=torch.float32) + 0.5
+    codes = quantize(halves * 0.25, q) - zero
+    assert torch.equal(codes % 2, torch.zeros_like(codes))
+    assert torch.equal((codes - halves).abs(), torch.full_like(halves, 0.5))
+
+
+def test_ties_of_other_scales_are_decided_by_the_quotient():
+    """0.1 · 2.5 is no exact tie, but its float32 quotient by 0.1 is: a product with the reciprocal would differ."""
+    rng = torch.Generator().manual_seed(0)
+    scale = 0.001 + torch.rand(1000, generator=rng)
+    x = (torch.arange(1000) % 40 - 20 + 0.5) * scale
+    q = QParams(scale, torch.zeros(1000, dtype=torch.int32), QuantSpec(8, True, True, axis=0))
+    assert np.array_equal(quantize(x, q).numpy(), np.rint(x.numpy() / scale.numpy()).astype(np.int32))
+    assert not torch.equal(quantize(x, q), torch.round(x * (1 / scale)).int())  # the data tells both apart
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_zero_stays_zero(spec: QuantSpec):
+    q = _grid(spec)
+    assert torch.equal(fake_quantize(torch.zeros(SHAPE), q), torch.zeros(SHAPE))
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_gradient_passes_inside_the_range_only(spec: QuantSpec, device: torch.device):
+    x, q = _values().to(device).requires_grad_(), _grid(spec).to(device)
+    upstream = torch.randn(SHAPE, generator=torch.Generator().manual_seed(2)).to(device)
+    fake_quantize(x, q).backward(upstream)
+    s = along_axis(q.scale, 3, spec.axis)
+    wide = torch.round(x.detach() / s) + along_axis(q.zero_point, 3, spec.axis)
+    inside = (wide >= spec.qmin) & (wide <= spec.qmax)
+    assert 0 < int(inside.sum()) < inside.numel()
+    assert torch.equal(x.grad, upstream * inside)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_scale_gradient_is_lsq(spec: QuantSpec, device: torch.device):
+    """d x̂/d s: round(v) - v inside (v = x/s), the distance of the clamped code from zero outside; summed per scale."""
+    x, q = _values().to(device), _grid(spec).to(device)
+    scale = q.scale.clone().requires_grad_()
+    upstream = torch.randn(SHAPE, generator=torch.Generator().manual_seed(2)).to(device)
+    fake_quantize(x, QParams(scale, q.zero_point, spec)).backward(upstream)
+
+    s = along_axis(q.scale, 3, spec.axis).double()
+    z = along_axis(q.zero_point, 3, spec.axis).double()
+    v = (x / s.float()).double()
+    slope = torch.where(v.round() + z < spec.qmin, spec.qmin - z, torch.where(v.round() + z > spec.qmax, spec.qmax - z, v.round() - v))
+    expected = (slope * upstream).sum([d for d in range(3) if d != spec.axis]).reshape(scale.shape)
+    # A float32 sum of up to 210 terms of up to 255 each against one in float64.
+    torch.testing.assert_close(scale.grad.double(), expected, rtol=1e-5, atol=210 * 255 * 2**-23)
+
+
+def test_no_gradient_is_made_for_what_needs_none():
+    x, q = torch.randn(8), _grid(QuantSpec(4, True, True))
+    assert not fake_quantize(x, q).requires_grad
+    x.requires_grad_()
+    fake_quantize(x, q).sum().backward()
+    assert q.scale.grad is None
+
+
+def test_inputs_are_not_changed():
+    x, q = _values(), _grid(QuantSpec(4, False, False, axis=1))
+    before = x.clone(), q.scale.clone(), q.zero_point.clone()
+    fake_quantize(x, q)
+    quantize(x, q)
+    assert all(torch.equal(a, b) for a, b in zip(before, (x, q.scale, q.zero_point)))

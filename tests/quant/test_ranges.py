@@ -1,0 +1,149 @@
+"""How scales are chosen."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from ptq.errors import SpecError
+from ptq.quant.affine import along_axis, fake_quantize, quantize
+from ptq.quant.ranges import ESTIMATORS, Estimator, estimator, lp, minmax
+from ptq.spec import QuantSpec
+
+SPECS = [
+    QuantSpec(bits, signed, symmetric, axis)
+    for bits, signed, symmetric, axis in itertools.product((2, 4, 8), (True, False), (True, False), (None, 0, 1))
+]
+
+
+def _samples(spec: QuantSpec) -> dict[str, Tensor]:
+    """Tensors [8, 6, 5] of several shapes of distribution; never negative where the grid is not."""
+    rng = torch.Generator().manual_seed(0)
+    normal = torch.randn(8, 6, 5, generator=rng)
+    found = {"normal": normal, "skewed": normal.exp() - 0.3, "outlier": normal.clone(), "constant": torch.full_like(normal, 0.7)}
+    found["outlier"][0, 0, 0] = 30.0
+    found["channels"] = normal * torch.logspace(-3, 1, 8).view(8, 1, 1)
+    return {k: v.abs() if spec.symmetric and not spec.signed else v for k, v in found.items()}
+
+
+def _error(x: Tensor, y: Tensor) -> float:
+    return float((x.double() - y.double()).abs().pow(2.4).sum())
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_lp_is_never_worse_than_minmax(spec: QuantSpec):
+    for x in _samples(spec).values():
+        errors = [_error(x, fake_quantize(x, f(x, spec))) for f in (lp, minmax)]
+        # The search sums in float32, this comparison in float64.
+        assert errors[0] <= errors[1] * (1 + 1e-5) + 1e-30
+
+
+def test_lp_clips_where_that_pays():
+    """Three levels for a normal distribution: its ends are not worth one."""
+    spec = QuantSpec(2, True, True)
+    x = _samples(spec)["normal"]
+    assert float(lp(x, spec).scale) < 0.8 * float(minmax(x, spec).scale)
+    assert _error(x, fake_quantize(x, lp(x, spec))) < 0.9 * _error(x, fake_quantize(x, minmax(x, spec)))
+
+
+def test_lp_finds_the_best_ratio():
+    """Against a search written out, one scale after another."""
+    x, spec = _samples(QuantSpec(4, True, True))["normal"], QuantSpec(4, True, True)
+    bound = float(x.abs().max())
+    tried = [bound * (1 - k / 100) / spec.qmax for k in range(100)]
+    errors = [_error(x, (x / s).round().clamp(spec.qmin, spec.qmax) * s) for s in tried]
+    # The grid of ratios is equal, its scales to float32 rounding.
+    assert float(lp(x, spec).scale) == pytest.approx(tried[errors.index(min(errors))], rel=1e-6)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_minmax_covers_the_range(spec: QuantSpec):
+    """To half a step; per tensor to a whole one, since its zero point is rounded to an even number."""
+    reach = 0.5 if spec.axis is not None or spec.symmetric else 1.0
+    for x in _samples(spec).values():
+        q = minmax(x, spec)
+        s = along_axis(q.scale, 3, spec.axis)
+        # 1e-4 of a step: float32 rounding of the quotient at up to 255 steps.
+        assert bool(((x - fake_quantize(x, q)).abs() <= (reach + 1e-4) * s).all())
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("f", ESTIMATORS.values(), ids=ESTIMATORS)
+def test_form_of_the_result(f: Estimator, spec: QuantSpec):
+    for x in _samples(spec).values():
+        q = f(x, spec)
+        size = () if spec.axis is None else (x.shape[spec.axis],)
+        assert q.spec == spec
+        assert (q.scale.shape, q.scale.dtype) == (size, torch.float32)
+        assert (q.zero_point.shape, q.zero_point.dtype) == (size, torch.int32)
+        assert bool((q.scale > 0).all()) and bool(torch.isfinite(q.scale).all())
+        # Zero is on the grid: padding and ReLU produce it exactly.
+        assert bool(((q.zero_point >= spec.qmin) & (q.zero_point <= spec.qmax)).all())
+        assert torch.equal(fake_quantize(torch.zeros_like(x), q), torch.zeros_like(x))
+        if spec.symmetric:
+            assert not q.zero_point.any()
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("f", ESTIMATORS.values(), ids=ESTIMATORS)
+def test_zero_points_of_a_tensor_are_even(f: Estimator, signed: bool):
+    rng = torch.Generator().manual_seed(0)
+    for bits, k in itertools.product(range(2, 9), range(20)):
+        x = torch.randn(50, generator=rng) + (k - 10) / 5
+        x[0] = 0.1  # some value above 0
+        assert int(f(x, QuantSpec(bits, signed, symmetric=False)).zero_point) % 2 == 0
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("f", ESTIMATORS.values(), ids=ESTIMATORS)
+def test_zero_points_are_even_where_no_value_is_above_zero(f: Estimator, signed: bool):
+    """There the last code would be zero's, which is odd."""
+    x = -torch.rand(50, generator=torch.Generator().manual_seed(0))
+    assert [int(f(x, QuantSpec(bits, signed, symmetric=False)).zero_point) % 2 for bits in range(2, 9)] == [0] * 7
+
+
+@pytest.mark.parametrize("f", ESTIMATORS.values(), ids=ESTIMATORS)
+def test_scales_are_positive_whatever_the_tensor(f: Estimator):
+    """All zero; all negative, on grids without negative values too; below float32's normal range; very large."""
+    for value, axis in itertools.product((0.0, -1.0, 1e-44, 1e30), (None, 0)):
+        x = torch.full((4, 9), value)
+        for signed, symmetric in itertools.product((True, False), (True, False)):
+            q = f(x, QuantSpec(8, signed, symmetric, axis))
+            assert bool((q.scale > 0).all()), (value, q)
+            assert bool(torch.isfinite(fake_quantize(x, q)).all()), (value, q)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("f", ESTIMATORS.values(), ids=ESTIMATORS)
+def test_dead_channels_get_an_ordinary_scale_and_zero_codes(f: Estimator, symmetric: bool):
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(9, 20, generator=rng)
+    x[2], x[5] = 0.0, torch.randn(20, generator=rng) * 1e-15
+    q = f(x, QuantSpec(4, True, symmetric, axis=0))
+    alive = [c for c in range(9) if c not in (2, 5)]
+    for dead in (2, 5):
+        assert float(q.scale[alive].min()) <= float(q.scale[dead]) <= float(q.scale[alive].max())
+        assert not quantize(x, q)[dead].any() and int(q.zero_point[dead]) == 0
+    assert quantize(x, q)[alive].any(1).all()
+
+
+def test_a_layer_of_zeros_has_a_grid():
+    q = lp(torch.zeros(3, 4), QuantSpec(8, True, True, axis=0))
+    assert torch.equal(q.scale, torch.ones(3))
+
+
+def test_channels_do_not_influence_each_other():
+    """Per channel is per tensor, channel by channel; symmetric, since zero points round differently there."""
+    x = _samples(QuantSpec(4, True, True))["channels"]
+    for f in ESTIMATORS.values():
+        together = f(x, QuantSpec(4, True, True, axis=0)).scale
+        alone = torch.stack([f(row, QuantSpec(4, True, True)).scale for row in x])
+        # Means over 30 values in another memory layout may pick the neighbouring ratio only on a tie; none here.
+        torch.testing.assert_close(together, alone, rtol=1e-6, atol=0)
+
+
+def test_estimators_by_name():
+    assert {name: estimator(name) for name in ("lp", "minmax")} == {"lp": lp, "minmax": minmax}
+    with pytest.raises(SpecError, match=r"unknown range estimator 'mse'; known: lp, minmax"):
+        estimator("mse")
