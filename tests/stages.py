@@ -5,7 +5,7 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from ptq.contracts import make_rng
 from ptq.graph.fold_bn import fold_batch_norm
@@ -30,19 +30,24 @@ class Prepared(NamedTuple):
     student: fx.GraphModule
 
 
-@cache
-def _prepared(name: str, bits: str, rules: PlanRules) -> Prepared:
-    teacher = trace(build(name), SHAPE)
+def prepared(net: nn.Module, bits: str = "w4a4", rules: PlanRules | None = None) -> Prepared:
+    """Teacher and student of a net."""
+    teacher = trace(net, SHAPE)
     folded = fold_batch_norm(teacher)
-    plan = make_plan(folded, BitConfig.parse(bits), rules)
+    plan = make_plan(folded, BitConfig.parse(bits), rules or PlanRules())
     acts = observe(teacher, plan, [images()], lp, rng=make_rng(0, "ranges")) if plan.values else {}
     weights = weight_params(folded, plan, lp)
     return Prepared(teacher, folded, plan, acts, weights, insert_fake_quant(folded, plan, acts, weights))
 
 
-def prepare(name: str, bits: str = "w4a4", rules: PlanRules | None = None) -> Prepared:
+@cache
+def _from_zoo(name: str, bits: str) -> Prepared:
+    return prepared(build(name), bits)
+
+
+def prepare(name: str, bits: str = "w4a4") -> Prepared:
     """Teacher and student of a net of the zoo; a copy of its own for every caller."""
-    return copy.deepcopy(_prepared(name, bits, rules or PlanRules()))
+    return copy.deepcopy(_from_zoo(name, bits))
 
 
 class _Keep(fx.Interpreter):

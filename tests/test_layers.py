@@ -1,6 +1,6 @@
 """Imports point down: every import statement of the package, parsed and compared with the layers.
 
-    6                       cli
+    6                       cli   cli_options
     5                     pipeline   plugins   report   demo
     4   distill, evaluate │ ptq.reconstruct │ calibrators │ exporters      these never import each other
     3              contracts   artifact   loading   pictures
@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {
-    "ptq": 6, "ptq.__main__": 6, "ptq.cli": 6,
+    "ptq": 6, "ptq.__main__": 6, "ptq.cli": 6, "ptq.cli_options": 6,
     "ptq.pipeline": 5, "ptq.plugins": 5, "ptq.report": 5, "ptq.demo": 5,
     "ptq.distill": 4, "ptq.evaluate": 4, "ptq.similarity": 4, "ptq.reconstruct": 4, "ptq.calibrators": 4, "ptq.exporters": 4,
     "ptq.contracts": 3, "ptq.artifact": 3, "ptq.loading": 3, "ptq.pictures": 3,

@@ -140,3 +140,22 @@ def test_inputs_are_not_changed():
     fake_quantize(x, q)
     quantize(x, q)
     assert all(torch.equal(a, b) for a, b in zip(before, (x, q.scale, q.zero_point)))
+
+
+@pytest.mark.parametrize("spec", SPECS[::5], ids=str)
+def test_skipped_elements_stay_float_and_pass_the_gradient(spec: QuantSpec, device: torch.device):
+    x, q = _values().to(device).requires_grad_(), _grid(spec).to(device)
+    scale = q.scale.clone().requires_grad_()
+    q = QParams(scale, q.zero_point, spec)
+    skip = (torch.rand(SHAPE, generator=torch.Generator().manual_seed(3)) < 0.5).float().to(device)
+    upstream = torch.randn(SHAPE, generator=torch.Generator().manual_seed(2)).to(device)
+    grads = []
+    for mask in (skip, None):
+        out = fake_quantize(x, q, mask)
+        grads.append(torch.autograd.grad(out, (x, scale), upstream if mask is not None else upstream * (1 - skip)))
+        if mask is not None:
+            assert torch.equal(out, torch.where(skip == 1, x, fake_quantize(x, q)))
+    (grad_x, grad_scale), (rounded_x, rounded_scale) = grads
+    # Through the identity where skipped; elsewhere, and to the scale, as if only the others were there.
+    assert torch.equal(grad_x, torch.where(skip == 1, upstream, rounded_x))
+    torch.testing.assert_close(grad_scale, rounded_scale)  # the same terms, float32 sums

@@ -12,6 +12,7 @@ from ptq.quant.fake_quant import (
     ActFakeQuant,
     integer_codes,
     mix,
+    random_mask,
     set_weight_fake_quant,
     store_integer,
     store_integer_bias,
@@ -155,6 +156,16 @@ def test_mix_takes_the_first_with_probability_p(p: float, layout: torch.memory_f
     assert share == pytest.approx(p, abs=0.01 + 1 / 512)
     if p in (0.0, 1.0):
         assert share == p
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+def test_random_mask(p: float, device: torch.device):
+    x = torch.full((3, 5, 31, 33), torch.nan, device=device)
+    mask = random_mask(x, p, make_rng(0, "mask", device))
+    assert mask.shape == x.shape and mask.dtype == x.dtype and mask.device == x.device
+    assert bool(((mask == 0) | (mask == 1)).all())
+    # 15345 draws: 5 standard deviations are 0.019; and 256 levels.
+    assert float(mask.mean()) == pytest.approx(p, abs=0.019 + 1 / 512)
 
 
 @pytest.mark.parametrize("shape", [(5,), (3, 7), (2, 3, 5, 7), (4, 1, 3, 3), (1, 8, 1, 1)])

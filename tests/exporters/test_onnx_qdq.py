@@ -1,0 +1,143 @@
+"""The written file: valid, integer, packed, free in the batch, and equal to the simulation."""
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, numpy_helper
+
+import ptq
+from ptq.exporters._onnx_ops import Builder
+from ptq.exporters._parity import compare, count_kernels
+from tests.zoo import SHAPE, ZOO, build, images
+
+_WIDTHS = ("w8a8", "w4a4", "w2a4", "w4")
+
+
+@pytest.fixture(scope="module")
+def quantized():
+    """A tiny network at some widths, quantized once, by nearest rounding on noise."""
+    made: dict[tuple[str, str], ptq.QuantizedModel] = {}
+
+    def get(name: str, bits: str) -> ptq.QuantizedModel:
+        if (name, bits) not in made:
+            made[name, bits] = ptq.quantize(build(name), bits, images(), input_shape=SHAPE, rounding="nearest")
+        return made[name, bits]
+
+    return get
+
+
+@pytest.mark.parametrize("bits", _WIDTHS)
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_file_computes_what_was_simulated(name, bits, quantized, tmp_path):
+    qm = quantized(name, bits)
+    proof = ptq.export(qm, "onnx_qdq", tmp_path / "m.onnx", images=images())
+    assert proof["passed"] and proof["worst_steps"] <= 1
+    assert proof["tensors"] or bits == "w4"
+
+
+@pytest.mark.parametrize("bits", ("w8a8", "w4a4"))
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_weighted_layers_run_in_integer_kernels(name, bits, quantized, tmp_path):
+    path = tmp_path / "m.onnx"
+    ptq.export(quantized(name, bits), "onnx_qdq", path, images=images()[:8])
+    found = count_kernels(path)
+    assert found["float_layers"] == []
+    assert found["integer_layers"] == len(quantized(name, bits).plan.weights)
+
+
+def test_adds_and_pools_run_in_integer_kernels(quantized, tmp_path):
+    path = tmp_path / "m.onnx"
+    ptq.export(quantized("residual", "w4a4"), "onnx_qdq", path, images=images()[:8])
+    kernels = count_kernels(path)["kernels"]
+    assert kernels["QLinearAdd"] == 2 and kernels["QLinearGlobalAveragePool"] == 1
+    assert not {"Add", "GlobalAveragePool", "ReduceMean"} & set(kernels)
+
+
+def test_clamps_are_part_of_the_clipping(quantized, tmp_path):
+    path = tmp_path / "m.onnx"
+    for name in ("residual", "depthwise"):
+        ptq.export(quantized(name, "w4a4"), "onnx_qdq", path, images=images()[:8])
+        kinds = {(n.op_type, len(n.input)) for n in onnx.load(path).graph.node}
+        assert "Relu" not in {kind for kind, _ in kinds}
+
+
+def test_weights_are_packed_and_biases_int32(quantized, tmp_path):
+    path = tmp_path / "m.onnx"
+    qm = quantized("residual", "w4a4")
+    ptq.export(qm, "onnx_qdq", path, images=images()[:8])
+    held = {t.name: t for t in onnx.load(path).graph.initializer}
+    codes, _ = qm.integer_weights()["layers.0.conv1"]
+    packed = held["layers.0.conv1.weight.int4"]
+    assert packed.data_type == TensorProto.INT4 and len(packed.raw_data) == codes.numel() // 2
+    assert np.array_equal(numpy_helper.to_array(packed).astype(np.int32), codes.numpy())
+    assert held["layers.0.conv1.bias.codes"].data_type == TensorProto.INT32
+    assert not [t.name for t in held.values() if t.data_type == TensorProto.FLOAT and len(t.dims) > 1]
+
+
+def test_packing_of_an_odd_number_of_codes():
+    codes = np.array([-8, 7, -1, 3, 0], dtype=np.int8)
+    b = Builder(torch.fx.symbolic_trace(torch.nn.Identity()))
+    b.int4("t", codes)
+    assert np.array_equal(numpy_helper.to_array(b.initializers["t"]).astype(np.int8), codes)
+
+
+def test_scales_are_scalars_and_the_batch_is_free(quantized, tmp_path):
+    path = tmp_path / "m.onnx"
+    qm = quantized("concat", "w4a4")
+    ptq.export(qm, "onnx_qdq", path, images=images()[:8])
+    model = onnx.load(path)
+    held = {t.name: t for t in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "QuantizeLinear":  # a scale of shape [1] breaks onnxruntime's integer addition
+            assert list(held[node.input[1]].dims) == [] and list(held[node.input[2]].dims) == []
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "N"
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    for count in (1, 5):
+        assert session.run(None, {"input": images()[:count].numpy()})[0].shape == (count, 10)
+    onnx.checker.check_model(model, full_check=True)
+    onnx.shape_inference.infer_shapes(model, strict_mode=True, check_type=True)
+
+
+def test_same_network_same_bytes(quantized, tmp_path):
+    for name in ("a", "b"):
+        ptq.export(quantized("plain", "w4a4"), "onnx_qdq", tmp_path / name, images=images()[:8])
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def _tampered(path, change):
+    model = onnx.load(path)
+    change({t.name: t for t in model.graph.initializer}, model)
+    onnx.save(model, path)
+
+
+def test_gate_names_the_first_tensor_that_diverges(quantized, tmp_path):
+    path = tmp_path / "m.onnx"
+    qm = quantized("residual", "w8a8")
+    ptq.export(qm, "onnx_qdq", path, images=images())
+
+    def change(held, model):
+        tensor = held["layers.1.conv1.bias.codes"]
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) + 5000, tensor.name))
+
+    _tampered(path, change)
+    proof = compare(qm.graph, path, images(), 64)
+    first = qm.graph.get_submodule("layers.1.conv1")
+    assert first is not None and not proof["passed"]
+    bad = [t["value"] for t in proof["tensors"] if t["steps"] > 1]
+    # Given the runtime's own inputs, only the operation that was tampered with is wrong, not what follows it.
+    assert len(bad) == 1 and bad[0] in proof["failure"]
+
+
+def test_failed_gate_raises_and_leaves_no_file(quantized, tmp_path):
+    qm = quantized("plain", "w8a8")
+    other = ptq.quantize(build("plain"), "w8a8", images() * 3, input_shape=SHAPE, rounding="nearest")
+
+    class Wrong(type(ptq.pipeline.plugins.build("exporters", "onnx_qdq"))):
+        def export(self, qm, path):
+            return super().export(other, path)
+
+    with pytest.raises(ptq.ExportError, match=r"does not compute what was simulated: tensor \w+"):
+        ptq.export(qm, Wrong(), tmp_path / "m.onnx", images=images())
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,108 @@
+"""Saved networks: whole or not at all, bit-equal when loaded, one line when damaged."""
+
+import json
+
+import pytest
+import torch
+
+import ptq
+from ptq.artifact import whole_folder
+from tests.zoo import SHAPE, ZOO, build, images
+
+
+@pytest.mark.parametrize("bits", ("w4a4", "w8a8", "w4"))
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_loaded_network_runs_bit_equal(name, bits, tmp_path):
+    qm = ptq.quantize(build(name), bits, images()[:16], input_shape=SHAPE, rounding="nearest")
+    qm.save(tmp_path / "out")
+    again = ptq.load(tmp_path / "out")
+    assert torch.equal(again.graph(images()), qm.graph(images()))
+    assert (again.plan, again.manifest) == (qm.plan, qm.manifest)
+    for path, (codes, q) in again.integer_weights().items():
+        assert torch.equal(codes, qm.integer_weights()[path][0])
+        assert q.spec.qmin <= int(codes.min()) and int(codes.max()) <= q.spec.qmax
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A saved network and its folder."""
+    qm = ptq.quantize(build("plain"), "w4a4", images()[:16], input_shape=SHAPE, rounding="nearest")
+    qm.save(tmp_path / "out")
+    return qm, tmp_path / "out"
+
+
+def test_same_run_same_bytes(tmp_path):
+    def write(name):
+        qm = ptq.quantize(build("residual"), "w4a4", images()[:16], input_shape=SHAPE, rounding="genie_m:steps=5", seed=3)
+        qm.save(tmp_path / name)
+        return (tmp_path / name / "tensors.safetensors").read_bytes()
+
+    assert write("a") == write("b")
+
+
+def test_weights_are_integers_on_disk(saved):
+    from safetensors.torch import load_file
+
+    tensors = load_file(str(saved[1] / "tensors.safetensors"))
+    kinds = {k: v.dtype for k, v in tensors.items()}
+    assert all(kinds[f"{path}.parametrizations.weight.original"] == torch.int8 for path in saved[0].plan.weights)
+    assert all(v == torch.int32 for k, v in kinds.items() if k.endswith("bias.original"))
+
+
+def test_calibration_images_are_not_saved(saved):
+    assert {p.name for p in saved[1].iterdir()} == {"manifest.json", "tensors.safetensors"}
+
+
+def test_folders_are_not_overwritten_by_accident(saved, tmp_path):
+    qm, folder = saved
+    with pytest.raises(ptq.ArtifactError, match="exists"):
+        qm.save(folder)
+    qm.save(folder, overwrite=True)
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ptq.ArtifactError, match="not written by this program"):
+        qm.save(tmp_path / "precious", overwrite=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ptq.ArtifactError, match="is a file"):
+        qm.save(tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    qm.save(tmp_path / "empty")
+
+
+def test_interrupted_writing_leaves_what_was_there(saved, tmp_path):
+    before = (saved[1] / "manifest.json").read_bytes()
+    with pytest.raises(KeyboardInterrupt), whole_folder(saved[1], overwrite=True) as partial:
+        (partial / "manifest.json").write_text("half")
+        raise KeyboardInterrupt
+    assert (saved[1] / "manifest.json").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def _edit(folder, change):
+    path = folder / "manifest.json"
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda f: (f / "manifest.json").unlink(), "holds no manifest.json"),
+        (lambda f: (f / "manifest.json").write_text("{"), "cannot be read"),
+        (lambda f: (f / "manifest.json").write_bytes(b"\xff\xfe"), "cannot be read"),
+        (lambda f: (f / "manifest.json").write_text("[1]"), "not a manifest"),
+        (lambda f: (f / "manifest.json").write_text("[" * 100_000), "cannot be read"),
+        (lambda f: _edit(f, lambda d: d["manifest"].update(schema=99)), "schema 99"),
+        (lambda f: _edit(f, lambda d: d.pop("plan")), "does not hold a network"),
+        (lambda f: _edit(f, lambda d: d["graph"][1].update(op="no_such_op")), "does not hold a network"),
+        (lambda f: _edit(f, lambda d: d["graph"].pop(2)), "does not hold a network"),
+        (lambda f: (f / "tensors.safetensors").unlink(), "cannot be read"),
+        (lambda f: (f / "tensors.safetensors").write_bytes(b"\x00" * 40), "cannot be read"),
+    ],
+)
+def test_damaged_artifacts_get_one_line(damage, says, saved):
+    damage(saved[1])
+    with pytest.raises(ptq.ArtifactError, match=says) as e:
+        ptq.load(saved[1])
+    assert "\n" not in str(e.value)

@@ -1,0 +1,185 @@
+"""Every kind of file a user may hand over, and the one line each bad one gets."""
+
+import io
+import pickle
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from ptq.errors import ModelError
+from ptq.loading import build_arch, load_model
+
+NETS = '''
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, width=4):
+        super().__init__()
+        self.conv = nn.Conv2d(3, width, 3)
+    def forward(self, x):
+        return self.conv(x).mean((2, 3))
+
+def broken():
+    raise RuntimeError("no network today")
+
+number = 3
+def three():
+    return 3
+'''
+
+
+@pytest.fixture
+def arch(tmp_path):
+    """A file that defines networks."""
+    (tmp_path / "nets_here.py").write_text(NETS)
+    return str(tmp_path / "nets_here.py")
+
+
+@pytest.fixture
+def weights(arch, tmp_path):
+    """A state dict on disk."""
+    model = build_arch(f"{arch}:Net")
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    return tmp_path / "model.pt", model
+
+
+def test_state_dict(weights, arch):
+    path, model = weights
+    loaded = load_model(path, f"{arch}:Net")
+    assert torch.equal(loaded.conv.weight, model.conv.weight) and not loaded.training
+
+
+def test_checkpoints_as_training_scripts_write_them(weights, arch, tmp_path):
+    _, model = weights
+    state = model.state_dict()
+    parallel = {f"module.{k}": v for k, v in state.items()}
+    for content in ({"state_dict": state, "epoch": 3}, {"model": parallel}, parallel):
+        torch.save(content, tmp_path / "c.pt")
+        assert torch.equal(load_model(tmp_path / "c.pt", f"{arch}:Net").conv.weight, model.conv.weight)
+    save_file(state, str(tmp_path / "c.safetensors"))
+    assert torch.equal(load_model(tmp_path / "c.safetensors", f"{arch}:Net").conv.weight, model.conv.weight)
+
+
+def test_literal_arguments(arch):
+    assert build_arch(f"{arch}:Net(6)").conv.out_channels == build_arch(f"{arch}:Net(width=6)").conv.out_channels == 6
+
+
+def test_packages_and_torchvision():
+    assert isinstance(build_arch("torch.nn:Identity"), nn.Identity)
+    pytest.importorskip("torchvision", exc_type=ImportError, reason="torchvision does not import with this build of torch")
+    assert isinstance(build_arch("torchvision:resnet18(num_classes=7)").fc, nn.Linear)
+
+
+def test_pickled_module_only_on_trust(tmp_path):
+    torch.save(nn.Conv2d(3, 4, 3), tmp_path / "whole.pt")
+    with pytest.raises(ModelError, match=r"unpickling runs code.*state_dict.*--trust-pickle"):
+        load_model(tmp_path / "whole.pt")
+    assert isinstance(load_model(tmp_path / "whole.pt", trust_pickle=True), nn.Conv2d)
+
+
+class _Bomb:
+    def __reduce__(self):
+        return (open, ("exploded", "w"))
+
+
+def test_hostile_pickles_do_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(_Bomb()))
+    torch.save({"a": _Bomb()}, tmp_path / "zip.pt")
+    for name in ("plain.pt", "zip.pt"):
+        with pytest.raises(ModelError):
+            load_model(name, "torch.nn:Identity")
+    assert not (tmp_path / "exploded").exists()
+
+
+def _archive(*names: str) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as z:
+        for name in names:
+            z.writestr(name, b"x")
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "not a file of PyTorch weights"),
+        (b"hello, world, this is text", "not a file of PyTorch weights"),
+        (bytes(range(256)) * 20, "not a file of PyTorch weights"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(64), "not a file of PyTorch weights"),
+        (_archive("m/code/a.py", "m/constants.pkl", "m/data.pkl"), "TorchScript"),
+        (_archive("m/archive_format", "m/models/model.json"), "torch.export archive"),
+        (_archive("word/document.xml"), "not a file of PyTorch weights"),
+    ],
+)
+def test_files_of_another_kind(content, says, tmp_path):
+    path = tmp_path / "model.pt"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=says) as e:
+        load_model(path, "torch.nn:Identity")
+    assert str(path) in str(e.value)
+
+
+def test_real_torchscript_and_export_archives(tmp_path):
+    net = nn.Conv2d(3, 4, 3).eval()
+    torch.export.save(torch.export.export(net, (torch.zeros(1, 3, 8, 8),)), tmp_path / "m.pt2")
+    with pytest.raises(ModelError, match=r"torch\.export archive"):
+        load_model(tmp_path / "m.pt2", "torch.nn:Identity")
+
+
+@pytest.mark.parametrize("cut", [10, 400, -30])
+def test_truncated_file(cut, weights, arch):
+    path, _ = weights
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(ModelError, match="damaged"):
+        load_model(path, f"{arch}:Net")
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(ModelError, match="nothing is there"):
+        load_model(tmp_path / "none.pt")
+    with pytest.raises(ModelError, match="not a file"):
+        load_model(tmp_path)
+
+
+def test_weights_without_architecture(weights):
+    with pytest.raises(ModelError, match="weights only; name the code .* --arch"):
+        load_model(weights[0])
+
+
+def test_weights_that_do_not_fit(weights, arch, tmp_path):
+    with pytest.raises(ModelError, match=r"do not fit .*: 2 of another shape, first 'conv\.weight'"):
+        load_model(weights[0], f"{arch}:Net(9)")
+    torch.save({"other": torch.zeros(2)}, tmp_path / "o.pt")
+    with pytest.raises(ModelError, match=r"2 missing, first 'conv\.weight'; 1 unexpected, first 'other'"):
+        load_model(tmp_path / "o.pt", f"{arch}:Net")
+    torch.save({"epoch": 3, "lr": 0.1}, tmp_path / "o.pt")
+    with pytest.raises(ModelError, match="not a state dict"):
+        load_model(tmp_path / "o.pt", f"{arch}:Net")
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        (":Nothing", "has no 'Nothing'"),
+        (":broken", "no network today"),
+        (":number", "not callable"),
+        (":three", "not a torch.nn.Module"),
+        (":Net(width=open)", "arguments must be literals"),
+        (":Net(", "not understood"),
+        ("", "not understood"),
+    ],
+)
+def test_bad_architectures(what, says, arch):
+    with pytest.raises(ModelError, match=says):
+        build_arch(arch + what)
+
+
+def test_missing_modules():
+    with pytest.raises(ModelError, match="cannot be imported"):
+        build_arch("no.such.package:Net")
+    with pytest.raises(ModelError, match="is not a file"):
+        build_arch("nowhere.py:Net")
