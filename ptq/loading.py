@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import pickle
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -70,7 +71,9 @@ def _read(path: Path, trust_pickle: bool) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(str(path))
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # torch warns of pickles it then refuses; one line is enough
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         if trust_pickle:
             return _unpickle(path)

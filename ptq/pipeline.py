@@ -126,7 +126,7 @@ def quantize(
     }  # fmt: skip
     manifest = Manifest(
         source, run.shape, _floats(run.mean), _floats(run.std), str(bits), recipe, versions(), value_ranges(graph),
-        [asdict(b) for b in blocks], metrics, run.seconds, run.notes,
+        [{**asdict(b), "layers": list(b.layers)} for b in blocks], metrics, run.seconds, run.notes,
     )  # fmt: skip
     return QuantizedModel(graph.to("cpu"), plan, manifest, images)
 

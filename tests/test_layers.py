@@ -1,12 +1,12 @@
 """Imports point down: every import statement of the package, parsed and compared with the layers.
 
-    6                       cli   cli_options
-    5                     pipeline   plugins   report   demo
-    4   distill, evaluate │ ptq.reconstruct │ calibrators │ exporters      these never import each other
-    3              contracts   artifact   loading   pictures
-    2                       graph
-    1                       quant
-    0                    spec   errors
+6                       cli   cli_options
+5                     pipeline   plugins   report   demo
+4   distill, evaluate │ ptq.reconstruct │ calibrators │ exporters      these never import each other
+3              contracts   artifact   loading   pictures
+2                       graph
+1                       quant
+0                    spec   errors
 """
 
 import ast
@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {
     "ptq": 6, "ptq.__main__": 6, "ptq.cli": 6, "ptq.cli_options": 6,
     "ptq.pipeline": 5, "ptq.plugins": 5, "ptq.report": 5, "ptq.demo": 5,
-    "ptq.distill": 4, "ptq.evaluate": 4, "ptq.similarity": 4, "ptq.reconstruct": 4, "ptq.calibrators": 4, "ptq.exporters": 4,
+    "ptq.distill": 4, "ptq.evaluate": 4, "ptq.similarity": 4,
+    "ptq.reconstruct": 4, "ptq.calibrators": 4, "ptq.exporters": 4,
     "ptq.contracts": 3, "ptq.artifact": 3, "ptq.loading": 3, "ptq.pictures": 3,
     "ptq.graph": 2, "ptq.quant": 1, "ptq.spec": 0, "ptq.errors": 0,
 }  # fmt: skip
@@ -116,7 +117,11 @@ def test_imports_are_found():
         ("ptq.spec", "from ptq.quant.affine import QParams", True),
         ("ptq.graph.plan", "def f():\n    import ptq.contracts", True),
         ("ptq.graph.plan", "from ..artifact import QuantizedModel", True),
-        ("ptq.contracts", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ptq.pipeline import export", False),
+        (
+            "ptq.contracts",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ptq.pipeline import export",
+            False,
+        ),
         ("ptq.contracts", "if TYPE_CHECKING:\n    pass\nelse:\n    from ptq.pipeline import export", True),
         ("ptq.evaluate", "from ptq.reconstruct._loop import BlockReport", True),
         ("ptq.calibrators.genie", "from ptq.reconstruct._capture import Capture", True),

@@ -13,7 +13,11 @@ from ptq.contracts import EFFORTS
 from ptq.errors import PluginError, PtqError
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = {"calibrators": ROOT / "calibrators", "reconstructors": ROOT / "ptq" / "reconstruct", "exporters": ROOT / "exporters"}
+FOLDERS = {
+    "calibrators": ROOT / "calibrators",
+    "reconstructors": ROOT / "ptq" / "reconstruct",
+    "exporters": ROOT / "exporters",
+}
 ALL = [(kind, name) for kind in FOLDERS for name in plugins.names(kind)]
 
 
@@ -67,7 +71,8 @@ def test_describe_keeps_changed_numbers(kind: str, name: str):
     for f in fields(plugin):
         value = getattr(plugin, f.name)
         if isinstance(value, bool | int | float):
-            changed = replace(plugin, **{f.name: not value if isinstance(value, bool) else value / 3 if isinstance(value, float) else value + 1})
+            other = not value if isinstance(value, bool) else type(value)(value * 4 / 3 + 1)
+            changed = replace(plugin, **{f.name: other})
             assert plugins.build(kind, plugins.describe(changed)) == changed
 
 

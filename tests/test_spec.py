@@ -32,7 +32,9 @@ def test_parse(text: str, expected: BitConfig):
     assert BitConfig.parse(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "4", "a4", "w", "wa4", "w4a", "w4e", "a4w4", "w4 a4", "w4a4x", "w-4", "w4.5", "w4e8a4"])
+@pytest.mark.parametrize(
+    "text", ["", "4", "a4", "w", "wa4", "w4a", "w4e", "a4w4", "w4 a4", "w4a4x", "w-4", "w4.5", "w4e8a4"]
+)
 def test_text_of_another_form_is_refused(text: str):
     with pytest.raises(SpecError, match="not understood"):
         BitConfig.parse(text)

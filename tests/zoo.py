@@ -216,7 +216,7 @@ def _fitted(name: str) -> nn.Module:
 
 
 def build(name: str) -> nn.Module:
-    """A net of the zoo in eval mode, its BatchNorm statistics those of noise; always the same. No global RNG is moved."""
+    """A net of the zoo in eval mode, its BatchNorm statistics those of noise; always the same. Moves no global RNG."""
     return copy.deepcopy(_fitted(name))
 
 

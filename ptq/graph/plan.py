@@ -35,7 +35,7 @@ class QuantPlan:
         return {
             "weights": {k: asdict(s) for k, s in self.weights.items()},
             "values": {k: asdict(s) for k, s in self.values.items()},
-            "ties": sorted(sorted(t) for t in self.ties),
+            "ties": [sorted(t) for t in self.ties],
         }
 
     @classmethod

@@ -33,7 +33,9 @@ def _method(name: str, steps: int = 12) -> Reconstructor:
 
 def _run(made: Prepared, method: Reconstructor, seed: int = 0) -> tuple[fx.GraphModule, list[BlockReport]]:
     device = next(made.student.parameters()).device
-    return reconstruct_blocks(made.teacher, made.student, images(), method, seed=seed, device=device, feedback=Feedback())
+    return reconstruct_blocks(
+        made.teacher, made.student, images(), method, seed=seed, device=device, feedback=Feedback()
+    )
 
 
 def _state(gm: fx.GraphModule) -> dict[str, Tensor]:

@@ -31,7 +31,9 @@ def _members(made: Prepared, group: str, batches: tuple[Tensor, ...]) -> Tensor:
     """All elements of a group's values, of those that are no mere moves, in the teacher."""
     made_by = {n.meta["value"]: n for n in made.teacher.graph.nodes if n.op != "output"}
     tied = [v for v in made.plan.values if made.plan.group(v) == group]
-    sources = [v for v in tied if (op := find_op(made.teacher, made_by[v])) is None or op.role not in ("same", "concat")]
+    sources = [
+        v for v in tied if (op := find_op(made.teacher, made_by[v])) is None or op.role not in ("same", "concat")
+    ]
     found = [values(made.teacher, x) for x in batches]
     return torch.cat([v[name].reshape(-1) for v in found for name in sources]).cpu()
 
@@ -104,7 +106,9 @@ def test_weight_grids(name: str):
 
 @pytest.mark.parametrize("ends", [(-2.1179, 2.64), (0.0, 1.0), (-1.0, 1.0), (0.0, 255.0)])
 def test_input_grid_covers_all_valid_pixels(ends: tuple[float, float]):
-    plan = QuantPlan({}, {"x": QuantSpec(8, False, False), "padded": QuantSpec(8, False, False)}, (frozenset({"x", "padded"}),))
+    plan = QuantPlan(
+        {}, {"x": QuantSpec(8, False, False), "padded": QuantSpec(8, False, False)}, (frozenset({"x", "padded"}),)
+    )
     ((group, q),) = input_params(*ends, plan, "x").items()
     assert group == "x"
     x = torch.linspace(*ends, 1000)

@@ -19,10 +19,10 @@ from tests.zoo import ZOO, images
 
 def _hardened(made: Prepared) -> tuple[fx.GraphModule, QuantPlan]:
     """A network with nearest rounding, its weights stored as integers."""
-    cpu = torch.device("cpu")
-    return reconstruct_blocks(
-        made.teacher, made.student, images(), Nearest(), seed=0, device=cpu, feedback=Feedback()
-    )[0], made.plan
+    gm, _ = reconstruct_blocks(
+        made.teacher, made.student, images(), Nearest(), seed=0, device=torch.device("cpu"), feedback=Feedback()
+    )
+    return gm, made.plan
 
 
 def _round_trip(gm: fx.GraphModule, plan: QuantPlan) -> fx.GraphModule:

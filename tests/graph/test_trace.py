@@ -139,7 +139,10 @@ IN_PLACE = {
     "its input before and after": (lambda s, y: y.sigmoid() * s.m[0](y) + y, [nn.ReLU(inplace=True)]),
     "F.relu": (lambda s, y: F.relu(y, True) + y, []),
     "add_": (lambda s, y: y.add_(y.sigmoid()) * y, []),
-    "two, one after another": (lambda s, y: s.m[1](s.m[0](y).add_(y.tanh())) + y, [nn.ReLU(inplace=True), nn.ReLU6(True)]),
+    "two, one after another": (
+        lambda s, y: s.m[1](s.m[0](y).add_(y.tanh())) + y,
+        [nn.ReLU(inplace=True), nn.ReLU6(True)],
+    ),
 }
 
 

@@ -57,7 +57,9 @@ def test_unknown_function_is_named_with_its_line():
         trace(UnknownFunction(), SHAPE)
     message = str(caught.value)
     assert "unknown operation cumsum" in message and "known: add, " in message and "\n" not in message
-    assert f"line {_line(UnknownFunction, 'return torch.cumsum(y, 1)')}" in message and "test_trace_errors.py" in message
+    assert (
+        f"line {_line(UnknownFunction, 'return torch.cumsum(y, 1)')}" in message and "test_trace_errors.py" in message
+    )
 
 
 def test_unknown_module_is_named_with_path_and_type():

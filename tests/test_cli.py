@@ -1,0 +1,187 @@
+"""The command line as a user meets it: results, one-line errors, exit status, nothing left behind."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ptq.cli import main
+from tests.zoo import build
+
+ARCH = f"{Path(__file__).parent / 'zoo.py'}:Residual"
+QUICK = ["--data", "genie:steps=3,count=8,batch_size=4", "--rounding", "genie_m:steps=3"]
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """A folder with `model.pt` and labelled pictures `val.npz`, made the working directory."""
+    monkeypatch.chdir(tmp_path)
+    torch.save(build("residual").state_dict(), "model.pt")
+    rng = np.random.default_rng(0)
+    np.savez("val.npz", x=rng.integers(0, 256, (20, 16, 16, 3), dtype=np.uint8), y=rng.integers(0, 10, 20))
+    return tmp_path
+
+
+def quantize(*extra: str, out: str = "out", bits: str = "w4a4") -> int:
+    """`ptq quantize` on the residual net."""
+    given = ["model.pt", "--arch", ARCH, "--input-shape", "3,16,16", "--bits", bits, "-o", out]
+    return main(["quantize", *given, *(extra if "--data" in extra else (*QUICK, *extra))])
+
+
+def test_quantize_writes_a_whole_verified_folder(work, capsys):
+    assert quantize("--mean", "0.5", "--std", "0.25", "--val", "val.npz") == 0
+    assert {p.name for p in Path("out").iterdir()} == {"manifest.json", "tensors.safetensors", "model.onnx", "report.md"}
+    shown = capsys.readouterr()
+    for word in ("layers.0", "onnxruntime", "nearest", "genie_m", "float", "passed", "7 of 7"):
+        assert word in shown.out, word
+    data = json.loads(Path("out/manifest.json").read_text())["manifest"]
+    assert data["metrics"]["proof"]["passed"] and set(data["metrics"]["top1"]) == {"float", "nearest", "genie_m", "onnxruntime"}
+    assert data["recipe"]["data"].startswith("genie:") and "steps=3" in data["recipe"]["data"]
+    assert "fold_error" in data["metrics"] and data["metrics"]["fold_error"] < 1e-5
+    assert "## Blocks" in Path("out/report.md").read_text()
+
+
+def test_eval_runs_simulation_and_file_side_by_side(work, capsys):
+    quantize("--mean", "0.5", "--std", "0.25", "--quiet")
+    assert main(["eval", "out", "--val", "val.npz", "--json"]) == 0
+    top1 = json.loads(capsys.readouterr().out)["top1"]
+    assert top1["simulation"] == top1["model.onnx"]
+
+
+def test_json_is_all_that_is_printed(work, capsys):
+    assert quantize("--json", "--quiet") == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["proof"]["passed"] and shown.err == ""
+
+
+def test_quiet_prints_nothing(work, capsys):
+    assert quantize("--quiet") == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_recipe_repeats_a_run_bit_for_bit(work):
+    assert quantize("--quiet", "--seed", "5") == 0
+    given = ["model.pt", "--arch", ARCH, "--recipe", "out/manifest.json", "-o", "again", "--quiet"]
+    assert main(["quantize", *given]) == 0
+    for name in ("tensors.safetensors", "model.onnx"):
+        assert Path("out", name).read_bytes() == Path("again", name).read_bytes()
+
+
+def test_export_of_a_saved_network(work, capsys):
+    quantize("--quiet", "--target", "none")
+    assert not Path("out/model.onnx").exists()
+    assert main(["export", "out"]) == 0
+    assert Path("out/model.onnx").is_file()
+
+
+def test_inspect_prints_the_plan_and_writes_nothing(work, capsys):
+    before = sorted(work.iterdir())
+    assert main(["inspect", "model.pt", "--arch", ARCH, "--input-shape", "3,16,16", "--bits", "w4a4"]) == 0
+    shown = capsys.readouterr().out
+    for word in ("layers.0.conv1", "int4", "uint4", "int8 per channel", "float"):
+        assert word in shown, word
+    assert sorted(work.iterdir()) == before
+
+
+def test_list_names_every_plugin(capsys):
+    assert main(["list"]) == 0
+    shown = capsys.readouterr().out
+    for word in ("genie", "gaussian", "images", "genie_m", "nearest", "onnx_qdq"):
+        assert word in shown, word
+
+
+def test_pictures_as_data(work):
+    assert quantize("--data", "images:val.npz", "--mean", "0.5", "--std", "0.25", "--rounding", "nearest", "--quiet") == 0
+
+
+def _fails(capsys, status: int, says: str, *args: str) -> None:
+    before = sorted(p.name for p in Path().iterdir())
+    assert main(list(args)) == status
+    shown = capsys.readouterr()
+    lines = shown.err.strip().splitlines()
+    assert len(lines) == 1 and says in lines[0], shown.err
+    assert shown.out == "" and sorted(p.name for p in Path().iterdir()) == before
+
+
+_BASE = ("quantize", "model.pt", "--arch", ARCH, "-o", "out", "--input-shape", "3,16,16", "--quiet")
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ((*_BASE, "--bits", "w9a4"), "2 to 8"),
+        ((*_BASE, "--bits", "four"), "w4a4"),
+        ((*_BASE, "--data", "geni"), "did you mean 'genie'?"),
+        ((*_BASE, "--data", "genie:step=3"), "did you mean 'steps'?"),
+        ((*_BASE, "--data", "genie:steps=many"), "not a valid int"),
+        ((*_BASE, "--data", "images"), "images:PATH"),
+        ((*_BASE, "--data", "images:nowhere"), "neither a folder nor a file"),
+        ((*_BASE, "--rounding", "best"), "known: genie_m, nearest"),
+        ((*_BASE, "--target", "npu"), "known: onnx_qdq"),
+        ((*_BASE, "--mean", "0.5"), "mean and std belong together"),
+        ((*_BASE, "--mean", "0,0", "--std", "1,1"), "one number per channel"),
+        ((*_BASE, "--adds", "9"), "2 to 8"),
+        ((*_BASE, "--device", "cuda:99"), "not there"),
+        ((*_BASE[:-3], "--quiet"), "--input-shape"),
+        ((*_BASE, "--input-shape", "3,0,16"), "channels, height, width"),
+        ((*_BASE, "--input-shape", "4,16,16"), "check the input shape"),
+        ((*_BASE, "--val", "nowhere"), "neither a folder nor a file"),
+        ((*_BASE, "--val", "val.npz"), "--mean and --std"),
+        ((*_BASE, "--recipe", "val.npz"), "not a manifest"),
+        (("quantize", "none.pt", *_BASE[2:]), "nothing is there"),
+        (("eval", "nowhere", "--val", "val.npz"), "holds no manifest.json"),
+        (("export", "nowhere"), "holds no manifest.json"),
+    ],
+)
+def test_bad_input_gets_one_line_and_status_2(args, says, work, capsys):
+    _fails(capsys, 2, says, *args)
+
+
+def test_existing_folders_are_refused_before_any_work(work, capsys):
+    Path("out").mkdir()
+    Path("out/thesis.txt").write_text("years")
+    _fails(capsys, 2, "exists", *_BASE)
+    _fails(capsys, 2, "not written by this program", *_BASE, "--force")
+    assert quantize("--quiet", out="fresh") == 0
+    assert quantize("--quiet", "--force", out="fresh") == 0
+
+
+def test_network_without_batch_norm_names_what_works(work, capsys):
+    torch.save(build("plain").state_dict(), "plain.pt")
+    arch = ARCH.replace("Residual", "Plain")
+    given = ("--arch", arch, "--input-shape", "3,16,16", "--quiet", "-o", "out")
+    _fails(capsys, 2, "'--data gaussian'", "quantize", "plain.pt", *given, *QUICK)
+    assert main(["quantize", "plain.pt", *given, "--data", "gaussian:count=8", "--rounding", "nearest"]) == 0
+
+
+def test_failed_gate_is_status_1_and_keeps_the_work(work, capsys, monkeypatch):
+    from ptq.exporters.onnx_qdq import OnnxQdq
+
+    # A bound no file can keep stands for a file that is wrong; tests of the gate itself tamper with files.
+    monkeypatch.setattr("ptq.exporters._parity._AGREEMENT", 1.0)
+    monkeypatch.setattr(OnnxQdq, "verify", _spoil(OnnxQdq.verify))
+    assert quantize("--quiet") == 1
+    assert "does not compute what was simulated: spoilt" in capsys.readouterr().err
+    assert json.loads(Path("out/manifest.json").read_text())["manifest"]["metrics"]["proof"]["passed"] is False
+
+
+def _spoil(verify):
+    return lambda *args: verify(*args) | {"passed": False, "failure": "spoilt"}
+
+
+def test_interrupted_run_leaves_nothing(work, capsys, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ptq.exporters.onnx_qdq.OnnxQdq.export", interrupt)
+    assert quantize("--quiet") == 130
+    assert sorted(p.name for p in work.iterdir()) == ["model.pt", "val.npz"]
+
+
+def test_module_runs_as_a_program():
+    done = subprocess.run([sys.executable, "-m", "ptq", "--help"], capture_output=True, text=True, check=True)
+    assert "quantize" in done.stdout
