@@ -70,7 +70,9 @@ def _arguments() -> argparse.Namespace:
     p.add_argument("--iterations", type=int, help="reconstruction steps per block (genie_m)")
     p.add_argument("--seeds", type=int, default=1, help="runs with seeds 0, 1, …")
     p.add_argument("--device", default="cpu")
-    p.add_argument("--no-normalization", action="store_true", help="do not state mean and std: the input space is fitted")
+    p.add_argument(
+        "--no-normalization", action="store_true", help="do not state mean and std: the input space is fitted"
+    )
     p.add_argument("--table", action="store_true", help="only print the rows of --out as a table")
     p.add_argument("--out", type=Path, default=HERE / "results" / "accuracy.jsonl")
     args = p.parse_args()
@@ -133,10 +135,17 @@ def _run(network: Network, data: str, seed: int, args: argparse.Namespace, done:
             device=args.device, target="onnx_qdq", **stated,
         )  # fmt: skip
         seconds = time.perf_counter() - start
-        images = qm.images if not args.no_normalization else None  # without a stated range, only the source knows its kind
+        images = (
+            qm.images if not args.no_normalization else None
+        )  # without a stated range, only the source knows its kind
         row = {"network": network.name, "data": options, "bits": bits, "rounding": method, "seed": seed}
         row |= _measure(network, qm) | {"seconds": round(seconds, 1), "stages": qm.manifest.seconds}
-        row |= {"images": len(qm.images), "device": args.device, "torch": torch.__version__, "threads": torch.get_num_threads()}
+        row |= {
+            "images": len(qm.images),
+            "device": args.device,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+        }
         with args.out.open("a") as f:
             f.write(json.dumps(row) + "\n")
         print({k: row[k] for k in _HEADS}, flush=True)

@@ -63,5 +63,5 @@ def up_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
 def seeded(build, rng: torch.Generator) -> nn.Module:
     """`build()` with its default initialization drawn from `rng`; the global random state stays as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**62, (), generator=rng)))
+        torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=rng)))
         return build()

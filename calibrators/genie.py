@@ -63,6 +63,7 @@ class Genie:
                 yield self._distil(model, taps, max(size, 2), ctx, (mean, std), (done, total))[:size]
                 done += self.steps
 
+    @torch.enable_grad()
     def _distil(
         self, model: nn.Module, taps: Taps, size: int, ctx: CalibrationContext,
         space: tuple[Tensor, Tensor], progress: tuple[int, int],

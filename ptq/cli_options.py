@@ -26,9 +26,7 @@ def build_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
         ("list", _list_options, "the data sources, rounding methods and targets there are"),
         ("demo", _demo_options, "train a small network on handwritten digits and quantize it"),
     ):
-        sub = subparsers.add_parser(
-            name, help=text, description=text
-        )
+        sub = subparsers.add_parser(name, help=text, description=text)
         build(sub)
         sub.set_defaults(run=commands[name])
         sub.add_argument("--debug", action="store_true", help="show tracebacks and log messages")
@@ -93,7 +91,11 @@ def _quantize_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--std", type=_numbers(float), metavar="S,S,S", help="see --mean")
     p.add_argument("--seed", type=int, help="of every random choice; default 0")
     p.add_argument("--device", default="cpu", help="where the work is done: cpu, cuda, cuda:1; default cpu")
-    p.add_argument("--target", default="onnx_qdq", help="exporter, see ptq list; none writes no file for a runtime; default onnx_qdq")
+    p.add_argument(
+        "--target",
+        default="onnx_qdq",
+        help="exporter, see ptq list; none writes no file for a runtime; default onnx_qdq",
+    )
     p.add_argument(
         "--val", type=Path, help="labelled pictures for top-1: folder or .npz (x, y); never used to choose anything"
     )

@@ -253,8 +253,8 @@ def _ranges(
 ) -> dict[str, QParams]:
     if not plan.values:
         return {}
-    batches = [x.to(run.device) for x in images.split(64)]
-    acts = observe(teacher, plan, batches, estimate, rng=make_rng(run.seed, "ranges"))
+    rng = make_rng(run.seed, "ranges")
+    acts = observe(teacher, plan, images.split(64), estimate, rng=rng, device=run.device)
     if ends is not None:
         acts |= input_params(*ends, plan, input_node(teacher).meta["value"])
     return {name: q.to(run.device) for name, q in acts.items()}

@@ -7,6 +7,7 @@ distributions add theirs through the entry-point groups `ptq.calibrators`, `ptq.
 import difflib
 import importlib
 import pkgutil
+import re
 import types
 import typing
 from dataclasses import MISSING, fields
@@ -61,11 +62,14 @@ def build(kind: Kind, text: str, effort: str = "full") -> Any:
     name, _, rest = text.partition(":")
     cls = load(kind, name.strip())
     options = dict(cls.presets.get(effort, {}))
-    for item in filter(None, (part.strip() for part in rest.split(","))):
+    for item in filter(None, (part.strip() for part in re.split(r",(?=\s*\w+\s*=)", rest))):
         key, equals, raw = item.partition("=")
         if not equals:
             key, raw = getattr(cls, "positional", ""), item
         options[key] = _parse(cls, name, key, raw)
+    for key in ("count", "batch_size"):
+        if options.get(key, 1) < 1:
+            raise PluginError(f"option {key}={options[key]} of {name}: at least 1 is needed")
     try:
         return cls(**options)
     except TypeError as e:

@@ -33,7 +33,9 @@ def saved(tmp_path):
 
 def test_same_run_same_bytes(tmp_path):
     def write(name):
-        qm = ptq.quantize(build("residual"), "w4a4", images()[:16], input_shape=SHAPE, rounding="genie_m:steps=5", seed=3)
+        qm = ptq.quantize(
+            build("residual"), "w4a4", images()[:16], input_shape=SHAPE, rounding="genie_m:steps=5", seed=3
+        )
         qm.save(tmp_path / name)
         return (tmp_path / name / "tensors.safetensors").read_bytes()
 

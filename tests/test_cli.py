@@ -34,12 +34,22 @@ def quantize(*extra: str, out: str = "out", bits: str = "w4a4") -> int:
 
 def test_quantize_writes_a_whole_verified_folder(work, capsys):
     assert quantize("--mean", "0.5", "--std", "0.25", "--val", "val.npz") == 0
-    assert {p.name for p in Path("out").iterdir()} == {"manifest.json", "tensors.safetensors", "model.onnx", "report.md"}
+    assert {p.name for p in Path("out").iterdir()} == {
+        "manifest.json",
+        "tensors.safetensors",
+        "model.onnx",
+        "report.md",
+    }
     shown = capsys.readouterr()
     for word in ("layers.0", "onnxruntime", "nearest", "genie_m", "float", "passed", "7 of 7"):
         assert word in shown.out, word
     data = json.loads(Path("out/manifest.json").read_text())["manifest"]
-    assert data["metrics"]["proof"]["passed"] and set(data["metrics"]["top1"]) == {"float", "nearest", "genie_m", "onnxruntime"}
+    assert data["metrics"]["proof"]["passed"] and set(data["metrics"]["top1"]) == {
+        "float",
+        "nearest",
+        "genie_m",
+        "onnxruntime",
+    }
     assert data["recipe"]["data"].startswith("genie:") and "steps=3" in data["recipe"]["data"]
     assert "fold_error" in data["metrics"] and data["metrics"]["fold_error"] < 1e-5
     assert "## Blocks" in Path("out/report.md").read_text()
@@ -95,7 +105,9 @@ def test_list_names_every_plugin(capsys):
 
 
 def test_pictures_as_data(work):
-    assert quantize("--data", "images:val.npz", "--mean", "0.5", "--std", "0.25", "--rounding", "nearest", "--quiet") == 0
+    assert (
+        quantize("--data", "images:val.npz", "--mean", "0.5", "--std", "0.25", "--rounding", "nearest", "--quiet") == 0
+    )
 
 
 def _fails(capsys, status: int, says: str, *args: str) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from ptq.errors import ModelError
 from ptq.loading import build_arch, load_model
 
-NETS = '''
+NETS = """
 from torch import nn
 
 class Net(nn.Module):
@@ -28,7 +28,7 @@ def broken():
 number = 3
 def three():
     return 3
-'''
+"""
 
 
 @pytest.fixture
@@ -69,7 +69,9 @@ def test_literal_arguments(arch):
 
 def test_packages_and_torchvision():
     assert isinstance(build_arch("torch.nn:Identity"), nn.Identity)
-    pytest.importorskip("torchvision", exc_type=ImportError, reason="torchvision does not import with this build of torch")
+    pytest.importorskip(
+        "torchvision", exc_type=ImportError, reason="torchvision does not import with this build of torch"
+    )
     assert isinstance(build_arch("torchvision:resnet18(num_classes=7)").fc, nn.Linear)
 
 

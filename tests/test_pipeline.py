@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from ptq.calibrators.gaussian import Gaussian
+from ptq.calibrators.genie import Genie
 from torch import nn
 
 import ptq
-from ptq.calibrators.gaussian import Gaussian
-from ptq.calibrators.genie import Genie
 from ptq.contracts import Feedback
 from ptq.reconstruct.genie_m import GenieM
 from tests.zoo import SHAPE, ZOO, build, images
@@ -27,7 +27,10 @@ def test_callers_model_is_not_changed():
 def test_any_width_on_any_network(name, bits):
     qm = ptq.quantize(build(name), bits, images()[:8], input_shape=SHAPE, rounding="nearest", target="onnx_qdq")
     assert bool(torch.isfinite(qm.graph(images()[:4])).all())
-    assert {q.spec.bits for _, q in qm.integer_weights().values()} <= {int(bits[1]), qm.manifest.bits.endswith("e4") and 4 or 8}
+    assert {q.spec.bits for _, q in qm.integer_weights().values()} <= {
+        int(bits[1]),
+        (qm.manifest.bits.endswith("e4") and 4) or 8,
+    }
 
 
 def test_eight_bits_are_close_to_float():
@@ -49,7 +52,9 @@ def test_reconstruction_beats_nearest_at_low_width():
 @pytest.mark.parametrize("data", [SMALL, Gaussian(count=8), "gaussian:count=8", "genie:steps=2,count=4,batch_size=4"])
 def test_same_seed_same_bits(data):
     def run(seed):
-        return ptq.quantize(build("shared_relu"), "w4a4", data, input_shape=SHAPE, rounding="genie_m:steps=4", seed=seed)
+        return ptq.quantize(
+            build("shared_relu"), "w4a4", data, input_shape=SHAPE, rounding="genie_m:steps=4", seed=seed
+        )
 
     a, b, c = run(1), run(1), run(2)
     assert torch.equal(a.images, b.images) and torch.equal(a.graph(images()), b.graph(images()))
@@ -85,7 +90,13 @@ def test_bad_images_are_refused(data, says):
 
 def test_stated_normalization_gives_the_inputs_exact_range():
     qm = ptq.quantize(
-        build("plain"), "w8a8", "gaussian:count=8", input_shape=SHAPE, rounding="nearest", mean=(0, 0, 0), std=(1 / 255,) * 3
+        build("plain"),
+        "w8a8",
+        "gaussian:count=8",
+        input_shape=SHAPE,
+        rounding="nearest",
+        mean=(0, 0, 0),
+        std=(1 / 255,) * 3,
     )
     grid = qm.manifest.ranges["x"]
     assert grid["zero_point"] == 0 and grid["scale"] == pytest.approx(1.0)  # raw pixels 0…255 lie on the grid

@@ -5,9 +5,9 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
+from ptq.exporters._parity import count_kernels
 
 import ptq
-from ptq.exporters._parity import count_kernels
 
 pytestmark = pytest.mark.slow
 

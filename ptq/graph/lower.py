@@ -235,8 +235,16 @@ def _max_pool_module(m: nn.MaxPool2d) -> nn.Module:
     return _max_pool(Call((None, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode), {}, (), ()))[0]
 
 
+def _norm(m: nn.BatchNorm1d | nn.BatchNorm2d) -> nn.Module:
+    if m.running_var is None:
+        raise Unsupported("a BatchNorm without running statistics, whose result depends on the other images of a batch")
+    return m
+
+
 MODULES: dict[type, Callable[[Any, Call], list[Any]]] = {
     nn.Conv2d: lambda m, call: [_conv(m)],
+    nn.BatchNorm1d: lambda m, call: [_norm(m)],
+    nn.BatchNorm2d: lambda m, call: [_norm(m)],
     nn.ReLU: lambda m, call: [nn.ReLU()],
     nn.ReLU6: lambda m, call: [nn.ReLU6()],
     nn.Hardtanh: lambda m, call: _hardtanh(Call((None, m.min_val, m.max_val), {}, (), ())),

@@ -44,8 +44,9 @@ def observe(
     estimator: Estimator,
     *,
     rng: torch.Generator,
+    device: torch.device | str = "cpu",
 ) -> dict[str, QParams]:
-    """Group name → grid, from the teacher's values on the batches ([B, C, H, W] each).
+    """Group name → grid, from the teacher's values on the batches ([B, C, H, W] each); the teacher is on `device`.
 
     Values that only move others (pools, reshapes) are not looked at: their source is.
     """
@@ -55,7 +56,7 @@ def observe(
     observer = _Observer(teacher, wanted, -(-_SAMPLES // len(batches)), rng)
     with torch.no_grad():
         for batch in batches:
-            observer.run(batch)
+            observer.run(batch.to(device))
     members: dict[str, list[str]] = {}
     for name in plan.values:
         if name in wanted:

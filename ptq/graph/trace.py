@@ -10,9 +10,11 @@ the innermost module that is not a `Sequential` and in whose forward the node ra
 
 import copy
 import operator
+import os
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ from ptq.graph.ops import OPS, find_op, output_node
 
 # Float kernels differ with batch size and memory layout in the last bits; lowering changes no more than the order of sums.
 _RELATIVE = 1e-5
-_OURS = ("/torch/", "/ptq/graph/")  # source files that are not the user's
+_OURS = tuple(str(Path(f).parent) + os.sep for f in (torch.__file__, __file__))  # folders that are not the user's
 
 
 class _Tracer(fx.Tracer):
@@ -115,7 +117,7 @@ def _symbolic(model: nn.Module) -> fx.GraphModule:
 
 def _user_line(e: BaseException) -> str:
     """Where in the user's source an exception came up: "file.py:12 `code`"."""
-    frames = [f for f in traceback.extract_tb(e.__traceback__) if not any(part in f.filename for part in _OURS)]
+    frames = [f for f in traceback.extract_tb(e.__traceback__) if not f.filename.startswith(_OURS)]
     return f"{frames[-1].filename}:{frames[-1].lineno} `{frames[-1].line}`" if frames else "no source line known"
 
 
@@ -126,7 +128,7 @@ def _first_line(e: BaseException) -> str:
 def _source(node: fx.Node) -> str:
     """Where in the user's source a node came from."""
     lines = [line.strip() for line in (node.stack_trace or "").splitlines() if line.strip()]
-    theirs = [i for i, line in enumerate(lines) if line.startswith("File ") and not any(o in line for o in _OURS)]
+    theirs = [i for i, line in enumerate(lines) if line.startswith('File "') and not line[6:].startswith(_OURS)]
     return " ".join(lines[theirs[-1] : theirs[-1] + 2]) if theirs else "no source line known"
 
 
@@ -185,6 +187,8 @@ def _lower(gm: fx.GraphModule, calls: dict[fx.Node, tuple[Any, ...]]) -> None:
     """Replaces every node by its steps. Nodes that only compute sizes have no tensor result and fall away."""
     used: set[str] = set()
     owners = {n: _owner(n) for n in gm.graph.nodes}
+    # Looked up before any is replaced: a module that is called twice is lowered twice.
+    modules = {n: gm.get_submodule(str(n.target)) for n in gm.graph.nodes if n.op == "call_module"}
     for node in list(gm.graph.nodes):
         shape = calls[node][2]
         if node.op in ("placeholder", "output"):
@@ -195,7 +199,7 @@ def _lower(gm: fx.GraphModule, calls: dict[fx.Node, tuple[Any, ...]]) -> None:
             continue
         if not isinstance(shape, TensorShape) or not _has_tensor_input(node, calls[node]):
             continue
-        steps = _steps(gm, node, calls[node])
+        steps = _steps(modules.get(node), node, calls[node])
         _replace(gm, node, steps, used, owners[node])
     _drop_sizes(gm)
     gm.delete_all_unused_submodules()
@@ -209,13 +213,12 @@ def _has_tensor_input(node: fx.Node, call: tuple[Any, ...]) -> bool:
     return node.op != "get_attr" and bool(found)
 
 
-def _steps(gm: fx.GraphModule, node: fx.Node, recorded: tuple[Any, ...]) -> list[Any]:
+def _steps(module: nn.Module | None, node: fx.Node, recorded: tuple[Any, ...]) -> list[Any]:
     args, kwargs, out = recorded
     first = next((a for a in (*args, *kwargs.values()) if isinstance(a, TensorShape)), _first_of_list(args))
     call = Call(args, kwargs, first.dims[1:], out.dims[1:])
     try:
-        if node.op == "call_module":
-            module = gm.get_submodule(str(node.target))
+        if module is not None:
             what, steps = f"module {node.target} of type {type(module).__name__}", lower_module(module, call)
         else:
             what = f"operation {getattr(node.target, '__name__', node.target)}"
@@ -297,12 +300,12 @@ def _compare(original: nn.Module, gm: fx.GraphModule, input_shape: tuple[int, in
     """Raises unless the graph computes what the network does, on another batch size than it was lowered with."""
     x = _random_input(gm, 3, input_shape)
     with torch.no_grad():
-        expected = original(x.clone())
         try:
+            expected = original(x.clone())
             got = _ShapeWriter(gm).run(x)
         except Exception as e:  # a batch size baked into the network shows here
             raise ModelError(
-                f"the traced network fails on another batch size: {_first_line(e)}; is the batch size fixed in it?"
+                f"the network fails on another batch size: {_first_line(e)}; is the batch size fixed in it?"
             ) from e
     if expected.shape != got.shape or not torch.allclose(
         expected, got, rtol=0, atol=_RELATIVE * float(expected.abs().max()) + 1e-30

@@ -63,7 +63,10 @@ def random_mask(x: Tensor, p: float, rng: torch.Generator | None) -> Tensor:
         return (torch.rand(x.shape, device=x.device, generator=rng) < p).to(x.dtype)
     # Eight elements from one 64-bit draw: torch.rand would cost more than the convolution beside it.
     words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None, generator=rng)
-    return (words.view(torch.uint8)[: x.numel()].view(x.shape) < round(p * 256)).to(x.dtype)
+    level = round(p * 256)
+    if level > 255:  # 256 would wrap to 0 as a byte
+        return torch.ones_like(x)
+    return (words.view(torch.uint8)[: x.numel()].view(x.shape) < level).to(x.dtype)
 
 
 def mix(x: Tensor, other: Tensor, p: float, rng: torch.Generator | None) -> Tensor:

@@ -38,7 +38,8 @@ def _grid(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     scale = (high - low) / (spec.qmax - spec.qmin)
     offset = -low / scale.clamp_min(torch.finfo(scale.dtype).tiny)
     zero = torch.round(offset) if spec.axis is not None else 2 * torch.round(offset / 2)
-    return scale, (spec.qmin + zero).clamp(spec.qmin, spec.qmax)
+    last = spec.qmax if spec.axis is not None else spec.qmax - 1  # qmax is odd
+    return scale, (spec.qmin + zero).clamp(spec.qmin, last)
 
 
 def _bounds(flat: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,7 +49,7 @@ def _bounds(flat: Tensor) -> tuple[Tensor, Tensor]:
 
 def _finish(scale: Tensor, zero: Tensor, reach: Tensor, spec: QuantSpec) -> QParams:
     """`QParams`; dead channels (reach: largest magnitude per channel) get the layer's median scale."""
-    alive = reach > _DEAD * reach.max()
+    alive = (reach > _DEAD * reach.max()) & (scale > 0)
     ordinary = scale[alive].median() if bool(alive.any()) else scale.new_tensor(1.0)
     scale = torch.where(alive, scale, ordinary).float()
     zero = torch.where(alive, zero, zero.clamp(0, 0)).to(torch.int32)

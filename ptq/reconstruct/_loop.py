@@ -17,7 +17,15 @@ from ptq.contracts import Feedback, Reconstructor, make_rng
 from ptq.graph.blocks import Block, extract, input_value_node, split
 from ptq.graph.insert import quantizer_of
 from ptq.graph.ops import input_node, weighted_nodes
-from ptq.quant.fake_quant import ActFakeQuant, integer_codes, store_integer, store_integer_bias, weight_grid
+from ptq.quant.fake_quant import (
+    ActFakeQuant,
+    FloatBias,
+    integer_codes,
+    store_integer,
+    store_integer_bias,
+    swap,
+    weight_grid,
+)
 from ptq.reconstruct._capture import Capture, block_error, decibels, run_all
 from ptq.reconstruct._soft_round import SoftRound
 
@@ -52,6 +60,8 @@ def reconstruct_blocks(
     student = copy.deepcopy(student)
     blocks = split(student, method.unit)
     stem = input_value_node(student)
+    if stem.op != "placeholder":  # its values are captured now: no block that shares its scale may train it
+        student.get_submodule(str(stem.target)).frozen = True  # type: ignore[assignment]
     teacher_values = Capture({input_node(teacher).meta["value"]: images})
     student_values = Capture({stem.meta["value"]: _quantized_input(student, stem, images, device)})
     reports = []
@@ -105,8 +115,14 @@ class _Job:
         self.nearest_error = self.error()
 
     def error(self) -> float:
-        """The block's error as it stands."""
-        return float(block_error(run_all(self.module, self.student_in, self.device), self.targets))
+        """The block's error with biases on the accumulator's grid, as they will be; afterwards they are float again."""
+        biases = [None if layer.bias is None else layer.bias.detach().clone() for layer in self.layers]
+        _round_biases(self.student, self.block)
+        error = float(block_error(run_all(self.module, self.student_in, self.device), self.targets))
+        for layer, bias in zip(self.layers, biases):
+            if bias is not None:
+                swap(layer, "bias", FloatBias(), bias)
+        return error
 
 
 def _fit(job: _Job, method: Reconstructor, seed: int, feedback: Feedback, place: tuple[int, int]) -> str:
@@ -116,7 +132,8 @@ def _fit(job: _Job, method: Reconstructor, seed: int, feedback: Feedback, place:
     quantizers = [m for m in job.module.modules() if isinstance(m, ActFakeQuant)]
     scales = [m.scale.detach().clone() for m in quantizers]
     nearest = [integer_codes(layer, "weight") for layer in job.layers]
-    _train(job, method, seed, feedback, place)
+    with torch.enable_grad():  # the caller may have switched it off
+        _train(job, method, seed, feedback, place)
     for quantizer in quantizers:
         quantizer.drop, quantizer.mask_rng = 0.0, None
         quantizer.scale.requires_grad_(False)
@@ -179,18 +196,24 @@ def _step(
     optimizer.step()
 
 
+def _round_biases(student: fx.GraphModule, block: Block) -> None:
+    """Stores the block's biases as integers, on the grid of its weights and inputs as they are."""
+    producers = {str(n.target): n.all_input_nodes[0].meta["value"] for n in weighted_nodes(student)}
+    for path in block.layers:
+        layer, source = student.get_submodule(path), quantizer_of(student, producers[path])
+        held = integer_codes(layer, "weight")
+        if held is not None and source is not None:
+            store_integer_bias(layer, source.scale.detach(), held[1].scale.detach())
+
+
 def _harden(student: fx.GraphModule, block: Block) -> None:
     """Stores the block's weights and biases as integers and freezes its activation scales."""
-    producers = {str(n.target): n.all_input_nodes[0].meta["value"] for n in weighted_nodes(student)}
     for path in block.layers:
         layer = student.get_submodule(path)
         held = integer_codes(layer, "weight")
-        if held is None:
-            continue
-        store_integer(layer, "weight", *held)
-        source = quantizer_of(student, producers[path])
-        if source is not None:
-            store_integer_bias(layer, source.scale.detach(), held[1].scale.detach())
+        if held is not None:
+            store_integer(layer, "weight", *held)
+    _round_biases(student, block)
     for module in extract(student, block.inputs, block.outputs).modules():
         if isinstance(module, ActFakeQuant):
             module.frozen = True

@@ -92,9 +92,9 @@ def test_reports_hold_where_the_input_shares_a_scale(name: str):
     """All blocks see the input on the grid that it has in the end."""
     made = prepared(_InputJoined(), "w4a4", PlanRules(edges="all"))
     assert any("x" in tie for tie in made.plan.ties)
-    method = _method(name, steps=50)
+    method = _method(name, steps=100)
     if "lr_act" in {f.name for f in fields(method)}:
-        method = replace(method, lr_act=1e-2, scale_step=1e-2)  # so that scales that train move visibly
+        method = replace(method, lr_act=1e-3, lr_round=1e-4, scale_step=1e-2)  # so that scales move visibly
     _assert_reports_hold(made, *_run(made, method), method.unit)
 
 

@@ -6,10 +6,10 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
-
-import ptq
 from ptq.exporters._onnx_ops import Builder
 from ptq.exporters._parity import compare, count_kernels
+
+import ptq
 from tests.zoo import SHAPE, ZOO, build, images
 
 _WIDTHS = ("w8a8", "w4a4", "w2a4", "w4")

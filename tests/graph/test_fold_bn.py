@@ -83,8 +83,7 @@ class Pair(nn.Module):
         super().__init__()
         self.layer, self.norm, self.body = layer, norm, body or (lambda f, g, x: g(f(x)))
         for p in (norm.running_mean, norm.running_var):
-            if p is not None:
-                p.uniform_(0.5, 2, generator=torch.Generator().manual_seed(0))
+            p.uniform_(0.5, 2, generator=torch.Generator().manual_seed(0))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(self.layer, self.norm, x)
@@ -104,7 +103,6 @@ KEPT = {
     "before the layer": lambda: Pair(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(3), lambda f, g, x: f(g(x))),
     "whose input is read elsewhere": lambda: Pair(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), _also_read),
     "behind a ReLU": lambda: Pair(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), lambda f, g, x: g(f(x).relu())),
-    "without running statistics": lambda: Pair(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6, track_running_stats=False)),
 }
 
 

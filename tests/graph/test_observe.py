@@ -1,5 +1,7 @@
 """Ranges from the teacher's values."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
@@ -27,7 +29,7 @@ class Noting:
         return minmax(x, spec)
 
 
-def _members(made: Prepared, group: str, batches: tuple[Tensor, ...]) -> Tensor:
+def _members(made: Prepared, group: str, batches: Sequence[Tensor]) -> Tensor:
     """All elements of a group's values, of those that are no mere moves, in the teacher."""
     made_by = {n.meta["value"]: n for n in made.teacher.graph.nodes if n.op != "output"}
     tied = [v for v in made.plan.values if made.plan.group(v) == group]
@@ -41,12 +43,12 @@ def _members(made: Prepared, group: str, batches: tuple[Tensor, ...]) -> Tensor:
 @pytest.mark.parametrize("name", ZOO)
 def test_every_group_is_estimated_once_from_all_its_values(name: str, device: torch.device):
     made, estimator = prepare(name), Noting()
-    batches = images(6, seed=1).to(device).split(4)
+    batches = images(6, seed=1).split(4)
     made.teacher.to(device)
-    acts = observe(made.teacher, made.plan, iter(batches), estimator, rng=make_rng(0, "ranges"))
+    acts = observe(made.teacher, made.plan, iter(batches), estimator, rng=make_rng(0, "ranges"), device=device)
     assert set(acts) == {made.plan.group(v) for v in made.plan.values}
     for (group, q), (sample, spec) in zip(acts.items(), estimator.shown):
-        expected = _members(made, group, batches)
+        expected = _members(made, group, [x.to(device) for x in batches])
         assert spec == q.spec == made.plan.values[group]
         # Few images: every element is in the sample, and each batch's two ends once more.
         assert torch.equal(sample.cpu().unique(), expected.unique())

@@ -1,6 +1,7 @@
 """Networks that cannot be traced: the message names what and where."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +51,17 @@ def test_control_flow_on_data_names_the_line():
     assert f"test_trace_errors.py:{_line(DataDependent, 'if y.sum() > 0:')} `if y.sum() > 0:`" in message
     assert "control flow" in message and "\n" not in message
     assert caught.value.__cause__ is not None
+
+
+def test_the_line_is_named_in_whatever_folder_it_is(tmp_path: Path):
+    """Also in one called torch: only the library's own lines are passed over."""
+    file = tmp_path / "torch" / "net.py"
+    file.parent.mkdir()
+    file.write_text("def forward(net, y):\n    return y if y.sum() > 0 else -y\n", encoding="utf-8")
+    space: dict = {}
+    exec(compile(file.read_text(encoding="utf-8"), str(file), "exec"), space)
+    with pytest.raises(ModelError, match=r"net\.py:2 `return y if y\.sum\(\) > 0 else -y`"):
+        trace(Around(space["forward"]), SHAPE)
 
 
 def test_unknown_function_is_named_with_its_line():
@@ -113,6 +125,16 @@ BATCH_FIXED = {
 def test_a_batch_size_fixed_in_the_network(case: str):
     with pytest.raises(ModelError, match="batch size"):
         trace(Around(BATCH_FIXED[case]), SHAPE)
+
+
+@pytest.mark.parametrize(
+    "body", [lambda s, y: s.m[0](y), lambda s, y: s.m[1](y.mean((2, 3)))], ids=["BatchNorm2d", "BatchNorm1d"]
+)
+def test_a_batch_norm_without_running_statistics(body: Callable):
+    """Its result for one image depends on the others in the batch: no exported file computes that."""
+    norms = [norm(8, track_running_stats=False) for norm in (nn.BatchNorm2d, nn.BatchNorm1d)]
+    with pytest.raises(ModelError, match="running statistics"):
+        trace(Around(body, *norms), SHAPE)
 
 
 UNEQUAL = {

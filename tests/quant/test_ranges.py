@@ -52,14 +52,16 @@ def test_lp_clips_where_that_pays():
     assert _error(x, fake_quantize(x, lp(x, spec))) < 0.9 * _error(x, fake_quantize(x, minmax(x, spec)))
 
 
-def test_lp_finds_the_best_ratio():
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_lp_finds_the_best_ratio(bits: int):
     """Against a search written out, one scale after another."""
-    x, spec = _samples(QuantSpec(4, True, True))["normal"], QuantSpec(4, True, True)
-    bound = float(x.abs().max())
-    tried = [bound * (1 - k / 100) / spec.qmax for k in range(100)]
-    errors = [_error(x, (x / s).round().clamp(spec.qmin, spec.qmax) * s) for s in tried]
-    # The grid of ratios is equal, its scales to float32 rounding.
-    assert float(lp(x, spec).scale) == pytest.approx(tried[errors.index(min(errors))], rel=1e-6)
+    spec = QuantSpec(bits, True, True)
+    for x in _samples(spec).values():
+        bound = float(x.abs().max())
+        tried = [bound * (1 - k / 100) / spec.qmax for k in range(100)]
+        errors = [_error(x, (x / s).round().clamp(spec.qmin, spec.qmax) * s) for s in tried]
+        # The ratios are the same, the scales to float32 rounding.
+        assert float(lp(x, spec).scale) == pytest.approx(tried[errors.index(min(errors))], rel=1e-6)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
