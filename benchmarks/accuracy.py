@@ -3,7 +3,8 @@
     python benchmarks/accuracy.py --networks resnet20 --bits w8a8,w4a4,w2a4 --data genie --out benchmarks/results/accuracy.jsonl
 
 One line per network × data source × bits × rounding × seed, written as soon as it is known; a row that is in the file already
-is not run again, so that an interrupted benchmark goes on where it stopped. Uses the public API only.
+is not run again, and calibration images and quantized networks are kept in cache/ beside it, so that an interrupted benchmark
+goes on where it stopped. Uses the public API only.
 """
 
 import argparse
@@ -11,7 +12,6 @@ import importlib.util
 import json
 import sys
 import tempfile
-import time
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +79,7 @@ def _arguments() -> argparse.Namespace:
     if args.table:
         _print_table(args.out)
         sys.exit()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    (args.out.parent / "cache").mkdir(parents=True, exist_ok=True)
     return args
 
 
@@ -122,33 +122,45 @@ def _run(network: Network, data: str, seed: int, args: argparse.Namespace, done:
         for method in methods
         if (network.name, options, bits, method, seed) not in done
     ]
-    images: Any = None
     for bits, method in todo:
-        given = options if images is None else images
-        if images is None and data.startswith("real"):
-            pick = torch.randperm(len(network.real), generator=torch.Generator().manual_seed(seed))
-            given = network.real[pick[: args.count or 1024]]
-        start = time.perf_counter()
-        stated = {} if args.no_normalization else {"mean": network.mean, "std": network.std}
-        qm = ptq.quantize(
-            network.model, bits, given, input_shape=network.shape, rounding=method, effort=args.effort, seed=seed,
-            device=args.device, target="onnx_qdq", **stated,
-        )  # fmt: skip
-        seconds = time.perf_counter() - start
-        images = (
-            qm.images if not args.no_normalization else None
-        )  # without a stated range, only the source knows its kind
+        key = f"{network.name} {options} {bits} {method} {seed}".replace("/", "_").replace(":", " ")
+        qm = _quantize(network, options, bits, method, seed, args, args.out.parent / "cache" / key)
         row = {"network": network.name, "data": options, "bits": bits, "rounding": method, "seed": seed}
-        row |= _measure(network, qm) | {"seconds": round(seconds, 1), "stages": qm.manifest.seconds}
-        row |= {
-            "images": len(qm.images),
-            "device": args.device,
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
+        row |= _measure(network, qm) | {
+            "stages": qm.manifest.seconds,
+            "seconds": round(sum(qm.manifest.seconds.values()), 1),
         }
+        row |= {"images": qm.manifest.metrics["calibration_images"], "effort": args.effort, "device": args.device}
+        row |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
         with args.out.open("a") as f:
             f.write(json.dumps(row) + "\n")
         print({k: row[k] for k in _HEADS}, flush=True)
+
+
+def _quantize(
+    network: Network, options: str, bits: str, method: str, seed: int, args: argparse.Namespace, kept: Path
+) -> ptq.QuantizedModel:
+    """The quantized network; an earlier run's where it is kept. Calibration images are made once per source and seed."""
+    if kept.is_dir():
+        return ptq.load(kept)
+    pictures = kept.parent / f"{network.name} {options} {seed}.npy".replace("/", "_").replace(":", " ")
+    data: Any = options
+    if args.no_normalization:
+        stated = {}
+    else:
+        stated = {"mean": network.mean, "std": network.std}
+        data = torch.from_numpy(np.load(pictures)) if pictures.is_file() else data
+    if options.startswith("real"):
+        pick = torch.randperm(len(network.real), generator=torch.Generator().manual_seed(seed))
+        data = network.real[pick[: args.count or 1024]]
+    qm = ptq.quantize(
+        network.model, bits, data, input_shape=network.shape, rounding=method, effort=args.effort, seed=seed,
+        device=args.device, target="onnx_qdq", **stated,
+    )  # fmt: skip
+    qm.save(kept)
+    if not pictures.is_file() and stated:
+        np.save(pictures, qm.images.numpy())
+    return qm
 
 
 def _with(text: str, options: dict[str, int | None]) -> str:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import onnx
-import torch
 from onnx import TensorProto, helper
 from ptq.exporters._onnx_ops import EMITTERS, Builder, absorbed_pad, quantize_value
 from ptq.exporters._parity import compare
@@ -22,9 +21,10 @@ from ptq.artifact import QuantizedModel
 from ptq.contracts import Presets
 from ptq.errors import ExportError
 from ptq.graph.insert import quantizer_of
+from ptq.graph.integer import code_bounds
 from ptq.graph.ops import find_op, input_node, output_node
 from ptq.graph.plan import QuantPlan, merged_clamp
-from ptq.quant.affine import QParams, quantize
+from ptq.quant.affine import QParams
 from ptq.quant.fake_quant import ActFakeQuant
 
 __all__ = ["OnnxQdq"]
@@ -65,7 +65,7 @@ class OnnxQdq:
 
     def verify(self, qm: QuantizedModel, path: Path, images: Tensor) -> dict[str, Any]:
         """Runs the file in onnxruntime and compares it with the simulation; see `_parity.compare`."""
-        return compare(qm.graph, path, images, self.batch_size)
+        return compare(qm.student, qm.graph, path, images, self.batch_size)
 
     @classmethod
     def smoke(cls, folder: Path) -> Self:
@@ -75,7 +75,7 @@ class OnnxQdq:
 
 def build_model(qm: QuantizedModel) -> onnx.ModelProto:
     """The ONNX model of a quantized network."""
-    gm = qm.graph
+    gm = qm.student
     b = Builder(gm)
     source, result = input_node(gm), output_node(gm)
     b.names[source] = "input"
@@ -96,7 +96,8 @@ def build_model(qm: QuantizedModel) -> onnx.ModelProto:
 
 
 def _tensor_name(node: fx.Node) -> str:
-    return node.meta["value"] or f"{node.name}.raw"
+    name = node.meta["value"] or f"{node.name}.raw"
+    return f"{name}.value" if name in ("input", "output") else name  # those two are the file's own
 
 
 def _emit(b: Builder, plan: QuantPlan, node: fx.Node, out: str) -> None:
@@ -105,7 +106,7 @@ def _emit(b: Builder, plan: QuantPlan, node: fx.Node, out: str) -> None:
         raise ExportError(f"{node.name}: unknown operation")
     if op.role == "quant":
         module, raw = b.module(node), node.all_input_nodes[0]
-        b.names[node] = quantize_value(b, b.names[raw], out, module.qparams, _bounds(b.gm, raw, module.qparams))
+        b.names[node] = quantize_value(b, b.names[raw], out, module.qparams, code_bounds(b.gm, raw, module.qparams))
     elif absorbed_pad(b.gm, node):
         return
     elif op.role == "clamp" and _merges(b.gm, node):
@@ -126,15 +127,3 @@ def _merges(gm: fx.GraphModule, node: fx.Node) -> bool:
     users = list(node.users)
     behind = len(users) == 1 and users[0].op == "call_module" and gm.get_submodule(str(users[0].target))
     return isinstance(behind, ActFakeQuant) and merged_clamp(gm, node.all_input_nodes[0]) is node
-
-
-def _bounds(gm: fx.GraphModule, raw: fx.Node, q: QParams) -> tuple[int, int]:
-    """The codes a quantizer may yield, narrowed by a merged ReLU or ReLU6."""
-    op = find_op(gm, raw)
-    low, high = q.spec.qmin, q.spec.qmax
-    if op is not None and op.role == "clamp":
-        ends = torch.tensor([0.0, 6.0], device=q.scale.device)
-        zero, six = quantize(ends, q).tolist()
-        low = max(low, zero)
-        high = min(high, six) if op.name == "relu6" else high
-    return low, high

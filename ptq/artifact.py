@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, fx
 
 from ptq.errors import ArtifactError
+from ptq.graph.integer import to_integer
 from ptq.graph.ops import weighted_nodes
 from ptq.graph.plan import QuantPlan
 from ptq.graph.serialize import graph_from_json, graph_to_json
@@ -62,20 +64,25 @@ class Manifest:
 class QuantizedModel:
     """A quantized network.
 
-    graph: the hardened student, a runnable module `[B, C, H, W] → …` that computes what exported files do.
+    student: the hardened student, layers and fake-quant modules as trained; what exporters read.
     plan: which tensor has which grid. manifest: how it came about.
     images: the calibration images `[N, C, H, W]` of the run that made it; None when loaded. Never written to disk.
     """
 
-    graph: fx.GraphModule
+    student: fx.GraphModule
     plan: QuantPlan
     manifest: Manifest
     images: Tensor | None = None
 
+    @cached_property
+    def graph(self) -> fx.GraphModule:
+        """The network to run: `[B, C, H, W] → …`, on the CPU. It computes what integer kernels do, to the last bit."""
+        return to_integer(self.student)
+
     def integer_weights(self) -> Mapping[str, tuple[Tensor, QParams]]:
         """Module path → (codes int32, grid) of every quantized weight."""
-        paths = [str(n.target) for n in weighted_nodes(self.graph)]
-        held = {path: integer_codes(self.graph.get_submodule(path), "weight") for path in paths}
+        paths = [str(n.target) for n in weighted_nodes(self.student)]
+        held = {path: integer_codes(self.student.get_submodule(path), "weight") for path in paths}
         return {path: h for path, h in held.items() if h is not None}
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
@@ -89,9 +96,9 @@ class QuantizedModel:
 
     def write(self, folder: Path) -> None:
         """Writes manifest and tensors into an existing folder."""
-        rows = {"manifest": asdict(self.manifest), "plan": self.plan.to_json(), "graph": graph_to_json(self.graph)}
+        rows = {"manifest": asdict(self.manifest), "plan": self.plan.to_json(), "graph": graph_to_json(self.student)}
         (folder / MANIFEST).write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        state = {k: v.detach().cpu().contiguous().clone() for k, v in self.graph.state_dict().items()}
+        state = {k: v.detach().cpu().contiguous().clone() for k, v in self.student.state_dict().items()}
         save_file(state, str(folder / TENSORS))
 
     @classmethod
@@ -157,6 +164,7 @@ def integer_bytes(qm: QuantizedModel) -> int:
 
 def check_free(folder: Path, overwrite: bool) -> None:
     """Raises ArtifactError if `folder` must not be written: called before work, so that none is lost."""
+    _check_writable(folder)
     if folder.is_dir() and not any(folder.iterdir()):
         return
     if folder.exists() and not folder.is_dir():
@@ -165,6 +173,12 @@ def check_free(folder: Path, overwrite: bool) -> None:
         raise ArtifactError(f"{folder} exists; name another folder or overwrite it with --force (overwrite=True)")
     if folder.exists() and not (folder / MANIFEST).is_file():
         raise ArtifactError(f"{folder} was not written by this program (no {MANIFEST}); it is not overwritten")
+
+
+def _check_writable(folder: Path) -> None:
+    parent = next(p for p in folder.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ArtifactError(f"{folder} cannot be written: no permission in {parent}, or it is no folder")
 
 
 @contextmanager
@@ -182,7 +196,14 @@ def whole_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
         yield partial
         if folder.exists():
             folder.rename(old)
-        partial.rename(folder)
+        try:
+            partial.rename(folder)
+        except BaseException:
+            if old.exists():  # the old result is better than none
+                old.rename(folder)
+            raise
+    except OSError as e:
+        raise ArtifactError(f"{folder} cannot be written: {e}") from e
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

@@ -20,7 +20,7 @@ from ptq.artifact import QuantizedModel, check_free, integer_bytes, whole_folder
 from ptq.cli_options import build_parser
 from ptq.contracts import Feedback
 from ptq.errors import ArtifactError, ExportError, PtqError, ReconstructionError, SpecError
-from ptq.evaluate import onnx_runner, runner, top1
+from ptq.evaluate import check_labels, onnx_runner, runner, top1
 from ptq.graph.fold_bn import fold_batch_norm
 from ptq.graph.plan import make_plan
 from ptq.graph.trace import trace
@@ -48,10 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("ptq: interrupted; nothing was written", file=sys.stderr)
         return 130
-    except (OSError, MemoryError, torch.OutOfMemoryError) as e:
+    except Exception as e:  # the last resort: one line for the user, the traceback on request
         if args.debug:
             raise
-        print(f"ptq: {type(e).__name__}: {' '.join(str(e).split())}", file=sys.stderr)
+        print(f"ptq: {type(e).__name__}: {' '.join(str(e).split())[:500]}; --debug shows where", file=sys.stderr)
         return 1
 
 
@@ -162,6 +162,7 @@ def _pictures(args: argparse.Namespace) -> Pictures | None:
     mean, std = (None if v is None else torch.tensor(v, dtype=torch.float32) for v in (args.mean, args.std))
     pictures = open_pictures(args.val, tuple(args.input_shape), mean, std)
     pictures.read(torch.tensor([0]))
+    check_labels(pictures)
     return pictures
 
 

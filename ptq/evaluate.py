@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from ptq.errors import CalibrationError
+from ptq.errors import ArtifactError, CalibrationError
 from ptq.pictures import Pictures
 
 Runner = Callable[[Tensor], Tensor]
@@ -24,21 +23,29 @@ def runner(model: nn.Module, device: torch.device) -> Runner:
     return run
 
 
+def check_labels(pictures: Pictures) -> None:
+    """Raises CalibrationError unless the pictures have labels, none of them negative."""
+    if pictures.labels is None:
+        raise CalibrationError(
+            "the validation pictures have no labels; an .npz has them under 'y', a folder has one sub-folder per class, "
+            "or file names that begin with the class number"
+        )
+    if int(pictures.labels.min()) < 0:
+        raise CalibrationError(f"label {int(pictures.labels.min())} found; labels are class numbers from 0 on")
+
+
 def top1(run: Runner, pictures: Pictures, batch_size: int = 128) -> float:
     """Share of pictures whose largest output is at their label.
 
     Raises:
         CalibrationError: the pictures have no labels, or labels the network has no output for.
     """
+    check_labels(pictures)
     right = 0
     for x, y in pictures.batches(batch_size):
-        if y is None:
-            raise CalibrationError(
-                "the validation pictures have no labels; an .npz has them under 'y', a folder has one sub-folder per class, "
-                "or file names that begin with the class number"
-            )
+        assert y is not None
         out = run(x)
-        if int(y.max()) >= out.shape[1] or int(y.min()) < 0:
+        if int(y.max()) >= out.shape[1]:
             raise CalibrationError(f"label {int(y.max())} found; the network has {out.shape[1]} classes")
         right += int((out.argmax(1) == y).sum())
     return right / len(pictures)
@@ -65,11 +72,9 @@ def sqnr_db(reference: Tensor, other: Tensor) -> float:
 def onnx_runner(path: Path) -> Runner:
     """`images → outputs` by onnxruntime, as a user runs the file."""
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except Exception as e:  # onnxruntime raises classes of its own without a common base
+        raise ArtifactError(f"{path} is not a model that onnxruntime loads: {str(e).splitlines()[0]}") from e
     name = session.get_inputs()[0].name
     return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
-
-
-def side_by_side(runs: dict[str, Runner], pictures: Pictures) -> dict[str, Any]:
-    """Top-1 accuracy of each network on the same pictures, by name."""
-    return {name: top1(run, pictures) for name, run in runs.items()}

@@ -40,6 +40,10 @@ class Pictures:
         return self._normalize(raw)
 
     def _normalize(self, raw: np.ndarray) -> Tensor:
+        if raw.dtype != np.uint8 and raw.dtype.kind != "f":
+            raise CalibrationError(
+                f"an array of {raw.dtype} found; pictures are uint8 pixels, or float in the network's input space"
+            )
         if raw.dtype != np.uint8:
             x = torch.from_numpy(np.ascontiguousarray(raw, dtype=np.float32))
         else:
@@ -88,6 +92,8 @@ def open_pictures(path: Path, input_shape: tuple[int, int, int], mean: Tensor | 
         raise CalibrationError(
             f"{path} holds an array of shape {x.shape}; pictures are [N, H, W, C] uint8 or [N, C, H, W] float"
         )
+    if y is not None and y.dtype.kind not in "iu":
+        raise CalibrationError(f"{path} holds labels of type {y.dtype}; labels are class numbers")
     labels = None if y is None else torch.from_numpy(y.astype(np.int64))
     if labels is not None and labels.shape != (len(x),):
         raise CalibrationError(f"{path} holds {len(x)} pictures and labels of shape {tuple(labels.shape)}")

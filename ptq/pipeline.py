@@ -114,7 +114,7 @@ def quantize(
     metrics: dict[str, Any] = {"fold_error": _check_fold(teacher, folded, images, run)}
     ends = _input_ends(images, getattr(source_of_images, "synthetic", False), run)
     acts = run.timed("ranges", _ranges, teacher, plan, images, estimate, ends, run)
-    student = insert_fake_quant(folded, plan, acts, weight_params(folded, plan, estimate)).to(run.device)
+    student = insert_fake_quant(folded, plan, acts, weight_params(folded, plan, estimate, acts)).to(run.device)
     graph, blocks = run.timed(
         "reconstruction", reconstruct_blocks, teacher, student, images, method,
         seed=seed, device=run.device, feedback=run.feedback,
@@ -296,7 +296,7 @@ def export(qm: QuantizedModel, target: str | Exporter, path: Any, *, images: Ten
 
     exporter = plugins.build("exporters", target) if isinstance(target, str) else target
     path = Path(path)
-    exporter.check(qm.graph, qm.plan)
+    exporter.check(qm.student, qm.plan)
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -316,7 +316,7 @@ def proof_images(qm: QuantizedModel) -> Tensor:
     """Images to verify an exported file with: calibration images, or noise over the input's grid for a loaded network."""
     if qm.images is not None:
         return qm.images[:512]
-    name = input_node(qm.graph).name
+    name = input_node(qm.student).name
     ends = qm.manifest.ranges.get(name, {"min": -2.0, "max": 2.0})
     rng = make_rng(0, "proof")
     noise = torch.rand(128, *qm.manifest.input_shape, generator=rng)

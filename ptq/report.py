@@ -83,6 +83,7 @@ def run_sections(
     ]
     results = [
         ["agrees with float on calibration images", _percent(m["agreement_nearest"]), _percent(m["agreement"])],
+        ["folding BatchNorm changed outputs by", f"{m['fold_error']:.1e}", "of the largest"],
         ["SQNR of the output, calibration images", f"{m['sqnr_db_nearest']:.1f} dB", f"{m['sqnr_db']:.1f} dB"],
     ]
     sections = [
@@ -121,6 +122,7 @@ def _proof_section(proof: Mapping[str, Any]) -> Section:
         ["result", "passed" if proof["passed"] else f"FAILED: {proof['failure']}"],
         ["runtime, images", f"{proof['runtime']}, {proof['images']}"],
         ["same class as the simulation", _percent(proof["top1_agreement"])],
+        ["outputs that differ in any bit", f"{proof['differing_outputs']:,} of {proof['outputs']:,}"],
         ["SQNR against the simulation", "equal" if proof["sqnr_db"] is None else f"{proof['sqnr_db']:.1f} dB"],
         ["worst step of any tensor, equal inputs", str(proof["worst_steps"])],
         ["layers in integer kernels", f"{proof['integer_layers']} of {proof['integer_layers'] + len(floats)}"],

@@ -36,7 +36,7 @@ def prepared(net: nn.Module, bits: str = "w4a4", rules: PlanRules | None = None)
     folded = fold_batch_norm(teacher)
     plan = make_plan(folded, BitConfig.parse(bits), rules or PlanRules())
     acts = observe(teacher, plan, [images()], lp, rng=make_rng(0, "ranges")) if plan.values else {}
-    weights = weight_params(folded, plan, lp)
+    weights = weight_params(folded, plan, lp, acts)
     return Prepared(teacher, folded, plan, acts, weights, insert_fake_quant(folded, plan, acts, weights))
 
 

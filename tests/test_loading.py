@@ -148,7 +148,7 @@ def test_nothing_there(tmp_path):
 
 
 def test_weights_without_architecture(weights):
-    with pytest.raises(ModelError, match="weights only; name the code .* --arch"):
+    with pytest.raises(ModelError, match=r"weights only; name the code .* --arch"):
         load_model(weights[0])
 
 

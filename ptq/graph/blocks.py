@@ -63,16 +63,24 @@ def _keep(every: list[tuple[int, bool]], positions: list[int], nodes: list[fx.No
             pieces.append([k])
         else:
             pieces[-1].append(k)
+    root = _common([nodes[i].meta["owner"] for i in positions])
     blocks: list[list[int]] = []
     for piece in pieces:
         merged = blocks[-1] + piece if blocks else []
         owners = {nodes[positions[k]].meta["owner"] for k in merged}
-        if merged and len(owners) == 1 and owners != {""}:
+        if merged and len(owners) == 1 and owners != {root}:
             blocks[-1] = merged
         else:
             blocks.append(piece)
     blocks = [part for block in blocks for part in ([block] if len(block) <= _LARGEST else [[k] for k in block])]
     return [every[block[0] - 1][0] for block in blocks[1:]]
+
+
+def _common(owners: list[str]) -> str:
+    """The innermost module around all layers: the network itself, whatever it is wrapped in."""
+    parts = [owner.split(".") for owner in owners]
+    shared = [names[0] for names in zip(*parts) if len(set(names)) == 1]
+    return ".".join(shared[: next((i for i, names in enumerate(zip(*parts)) if len(set(names)) > 1), len(shared))])
 
 
 def _block(gm: fx.GraphModule, inside: list[fx.Node], layers: set[fx.Node]) -> Block:

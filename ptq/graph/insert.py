@@ -42,8 +42,8 @@ def _moves(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def quantizer_path(group: str) -> str:
-    """Module path of a group's fake-quant module."""
-    return f"quant_{group}"
+    """Module path of a group's fake-quant module; no attribute of a user's network ends like it."""
+    return f"quant_{group}".replace(".", "_") + "__"
 
 
 def _quantize_value(gm: fx.GraphModule, node: fx.Node, group: str, acts: Mapping[str, QParams]) -> None:

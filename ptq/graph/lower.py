@@ -87,12 +87,14 @@ def _mean(call: Call) -> list[Step]:
 def _avg_pool(call: Call) -> list[Step]:
     if call.get(6, "divisor_override") is not None:
         raise Unsupported("average pooling with divisor_override")
-    kernel = call.get(1, "kernel_size")
-    stride = call.get(2, "stride") or kernel
-    return [nn.AvgPool2d(
-        _pair(kernel), _pair(stride), _pair(call.get(3, "padding", 0)), call.get(4, "ceil_mode", False),
-        call.get(5, "count_include_pad", True),
-    )]  # fmt: skip
+    kernel = _pair(call.get(1, "kernel_size"))
+    stride, pads = _pair(call.get(2, "stride") or kernel), _pair(call.get(3, "padding", 0))
+    floor = tuple((size + 2 * p - k) // s + 1 for size, p, k, s in zip(call.shape[-2:], pads, kernel, stride))
+    ceil = bool(call.get(4, "ceil_mode", False)) and floor != tuple(call.out[-2:])
+    counts_pads = bool(call.get(5, "count_include_pad", True)) and any(pads)
+    if ceil and counts_pads:
+        raise Unsupported("average pooling with ceil_mode that counts its padding, which runtimes disagree on")
+    return [nn.AvgPool2d(kernel, stride, pads, ceil, counts_pads)]
 
 
 def _max_pool(call: Call) -> list[Step]:
@@ -107,7 +109,7 @@ def _pad(call: Call) -> list[Step]:
     pads, mode, fill = call.get(1, "pad"), call.get(2, "mode", "constant"), call.get(3, "value", None)
     if mode != "constant" or fill not in (None, 0, 0.0):
         raise Unsupported(f"padding with mode {mode!r} and value {fill}; zero padding is supported")
-    if len(pads) > 6 or min(pads) < 0:
+    if len(pads) > 6 or min(pads) < 0 or len(call.shape) != 3:
         raise Unsupported(f"padding {tuple(pads)}; non-negative padding of channels, height and width is supported")
     return [Pad(tuple(pads))]
 
@@ -254,12 +256,15 @@ MODULES: dict[type, Callable[[Any, Call], list[Any]]] = {
     nn.MaxPool2d: lambda m, call: [_max_pool_module(m)],
     nn.AvgPool2d: lambda m, call: _avg_pool(
         Call(
-            (None, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, m.divisor_override), {}, (), ()
+            (None, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, m.divisor_override),
+            {},
+            call.shape,
+            call.out,
         )
     ),
     nn.AdaptiveAvgPool2d: lambda m, call: _adaptive(call),
-    nn.ZeroPad2d: lambda m, call: [Pad(m.padding)],
-    nn.ConstantPad2d: lambda m, call: _pad(Call((None, m.padding, "constant", m.value), {}, (), ())),
+    nn.ZeroPad2d: lambda m, call: _pad(Call((None, m.padding), {}, call.shape, call.out)),
+    nn.ConstantPad2d: lambda m, call: _pad(Call((None, m.padding, "constant", m.value), {}, call.shape, call.out)),
     nn.Upsample: lambda m, call: _interpolate(Call((None, None, None, m.mode), {}, call.shape, call.out)),
     nn.UpsamplingNearest2d: lambda m, call: _interpolate(Call((None, None, None, "nearest"), {}, call.shape, call.out)),
     nn.Flatten: lambda m, call: _reshape(call),

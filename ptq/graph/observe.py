@@ -1,17 +1,19 @@
 """Activation ranges: the teacher's values on calibration batches → one grid per group of values."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
 
-from ptq.graph.ops import find_op
+from ptq.graph.ops import find_op, weighted_nodes
 from ptq.graph.plan import QuantPlan
 from ptq.quant.affine import QParams
 from ptq.quant.ranges import Estimator, minmax
 
 # Elements kept per value, whatever the number of images; every value's minimum and maximum are kept besides.
 _SAMPLES = 2**18
+_LARGEST_BIAS = 2.0**29  # codes; half of what is stored, so that trained scales may still shrink
 
 
 class _Observer(fx.Interpreter):
@@ -72,12 +74,28 @@ def _moves(gm: fx.GraphModule, node: fx.Node) -> bool:
     return op is not None and op.role in ("same", "concat")
 
 
-def weight_params(gm: fx.GraphModule, plan: QuantPlan, estimator: Estimator) -> dict[str, QParams]:
-    """Module path → grid of its weight."""
-    return {
-        path: estimator(gm.get_submodule(path).weight.detach(), spec)  # type: ignore[arg-type]
-        for path, spec in plan.weights.items()
-    }
+def weight_params(
+    gm: fx.GraphModule, plan: QuantPlan, estimator: Estimator, acts: Mapping[str, QParams]
+) -> dict[str, QParams]:
+    """Module path → grid of its weight.
+
+    A channel whose bias would not fit 32 bits on the accumulator's grid gets a coarser one: its weights are then negligible
+    beside its bias.
+
+    Args:
+        acts: group name → grid, of the layers' inputs.
+    """
+    params = {}
+    for node in weighted_nodes(gm):
+        path = str(node.target)
+        layer = gm.get_submodule(path)
+        q = estimator(layer.weight.detach(), plan.weights[path])  # type: ignore[operator, union-attr]
+        source = node.all_input_nodes[0].meta["value"]
+        if layer.bias is not None and source in plan.values:
+            least = layer.bias.detach().abs() / (_LARGEST_BIAS * acts[plan.group(source)].scale)  # type: ignore[operator]
+            q = replace(q, scale=torch.maximum(q.scale, least))
+        params[path] = q
+    return params
 
 
 def input_params(low: float, high: float, plan: QuantPlan, name: str) -> Mapping[str, QParams]:

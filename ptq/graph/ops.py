@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 from torch import fx, nn
+from torch.nn.utils import parametrize
 
 from ptq.graph.layers import Pad, Permute, Reshape, Slice
 from ptq.quant.fake_quant import ActFakeQuant
@@ -78,13 +79,8 @@ def find_op(gm: fx.GraphModule, node: fx.Node) -> Op | None:
         return OPS.get(node.target)  # type: ignore[arg-type]
     if node.op != "call_module":
         return None
-    # A parametrized layer has a class of its own below the listed one; any other subclass may compute something else.
-    for cls in type(gm.get_submodule(str(node.target))).__mro__:
-        if cls in OPS:
-            return OPS[cls]
-        if not cls.__name__.startswith("Parametrized"):
-            return None
-    return None
+    # A parametrized layer has a class of its own; any other subclass of a known layer may compute something else.
+    return OPS.get(parametrize.type_before_parametrizations(gm.get_submodule(str(node.target))))
 
 
 def weighted_nodes(gm: fx.GraphModule) -> list[fx.Node]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 
 from ptq.errors import ModelError
 from ptq.graph.lower import GATED, IN_PLACE, Call, TensorShape, Unsupported, lower_call, lower_module
@@ -81,7 +82,13 @@ def trace(model: nn.Module, input_shape: tuple[int, int, int]) -> fx.GraphModule
     """
     while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         model = model.module
-    original = copy.deepcopy(model).eval().requires_grad_(False)
+    try:
+        original = copy.deepcopy(model).eval().requires_grad_(False)
+    except RuntimeError as e:  # the old weight_norm keeps a tensor that cannot be copied
+        raise ModelError(
+            f"the network cannot be copied: {_first_line(e)}; remove weight_norm with remove_weight_norm"
+        ) from e
+    _refuse_hooks(original)
     gm = _symbolic(copy.deepcopy(original))
     calls = _record(gm, input_shape)
     _redirect_in_place(gm)
@@ -89,6 +96,19 @@ def trace(model: nn.Module, input_shape: tuple[int, int, int]) -> fx.GraphModule
     gm.eval().requires_grad_(False)
     _compare(original, gm, input_shape)
     return gm
+
+
+def _refuse_hooks(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise ModelError(
+                f"module {path or 'the network itself'} has a forward hook, which a graph cannot hold; remove it "
+                "(spectral_norm is one: use torch.nn.utils.parametrizations.spectral_norm and remove_parametrizations)"
+            )
+        if parametrize.is_parametrized(module):
+            raise ModelError(
+                f"module {path} is parametrized; bake the weight in with torch.nn.utils.parametrize.remove_parametrizations"
+            )
 
 
 def _symbolic(model: nn.Module) -> fx.GraphModule:
@@ -102,8 +122,12 @@ def _symbolic(model: nn.Module) -> fx.GraphModule:
         ) from e
     gm = fx.GraphModule(tracer.root, graph)
     inputs = graph.find_nodes(op="placeholder")
+    if str(inputs[0].target).startswith("*"):
+        raise ModelError(
+            "the network takes any number of inputs (*args); wrap it in a module whose forward takes one tensor"
+        )
     for extra in inputs[1:]:
-        if extra.users or not extra.args:
+        if extra.users or not (extra.args or str(extra.target).startswith("*")):
             raise ModelError(
                 f"the network takes {len(inputs)} inputs, {', '.join(n.name for n in inputs)}; one is supported"
             )
@@ -259,7 +283,7 @@ def _replace(gm: fx.GraphModule, node: fx.Node, steps: list[Any], used: set[str]
             else:
                 new = gm.graph.call_function(step, *_tensor_args(node, step, tensors))
         new.meta["owner"] = owner
-        new.meta["value"] = node.name if k == len(steps) - 1 else f"{node.name}_{k}"
+        new.meta["value"] = node.name if k == len(steps) - 1 else f"{node.name}.step{k}"  # no FX name has a dot
         current = new
     node.replace_all_uses_with(current)
     gm.graph.erase_node(node)
@@ -307,12 +331,18 @@ def _compare(original: nn.Module, gm: fx.GraphModule, input_shape: tuple[int, in
             raise ModelError(
                 f"the network fails on another batch size: {_first_line(e)}; is the batch size fixed in it?"
             ) from e
+    if not isinstance(expected, Tensor) or expected.ndim < 2:
+        raise ModelError(
+            "the network's output has no class dimension; wrap it in a module that returns [B, K] or [B, K, H, W]"
+        )
+    if not bool(torch.isfinite(expected).all()):
+        raise ModelError("the network's output on random input is not finite; are there NaNs among its weights?")
     if expected.shape != got.shape or not torch.allclose(
         expected, got, rtol=0, atol=_RELATIVE * float(expected.abs().max()) + 1e-30
     ):
         raise ModelError(
             "the traced network does not compute what the original does; "
-            "does its forward depend on the batch size, on random numbers or on state?"
+            "does its forward depend on the batch size, on random numbers or on state, or write into a slice of a tensor?"
         )
 
 

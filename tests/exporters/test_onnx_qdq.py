@@ -34,6 +34,8 @@ def test_file_computes_what_was_simulated(name, bits, quantized, tmp_path):
     qm = quantized(name, bits)
     proof = ptq.export(qm, "onnx_qdq", tmp_path / "m.onnx", images=images())
     assert proof["passed"] and proof["worst_steps"] <= 1
+    if bits != "w4":  # float activations: sums in another order differ in their last bits
+        assert proof["differing_outputs"] == 0
     assert proof["tensors"] or bits == "w4"
 
 
@@ -122,9 +124,8 @@ def test_gate_names_the_first_tensor_that_diverges(quantized, tmp_path):
         tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) + 5000, tensor.name))
 
     _tampered(path, change)
-    proof = compare(qm.graph, path, images(), 64)
-    first = qm.graph.get_submodule("layers.1.conv1")
-    assert first is not None and not proof["passed"]
+    proof = compare(qm.student, qm.graph, path, images(), 64)
+    assert not proof["passed"]
     bad = [t["value"] for t in proof["tensors"] if t["steps"] > 1]
     # Given the runtime's own inputs, only the operation that was tampered with is wrong, not what follows it.
     assert len(bad) == 1 and bad[0] in proof["failure"]

@@ -81,7 +81,7 @@ def test_teacher_is_unchanged(name: str):
     made = prepare(name)
     before = fingerprint(made.teacher)
     observe(made.teacher, made.plan, [images()], lp, rng=make_rng(0, "ranges"))
-    weight_params(made.teacher, made.plan, lp)
+    weight_params(made.teacher, made.plan, lp, made.acts)
     assert_unchanged(made.teacher, before)
 
 
@@ -99,7 +99,7 @@ def test_the_teachers_values_fit_their_grids(name: str):
 @pytest.mark.parametrize("name", ZOO)
 def test_weight_grids(name: str):
     made = prepare(name)
-    found = weight_params(made.folded, made.plan, minmax)
+    found = weight_params(made.folded, made.plan, minmax, made.acts)
     assert {path: q.spec for path, q in found.items()} == made.plan.weights
     for path, q in found.items():
         weight = made.folded.get_submodule(path).weight
