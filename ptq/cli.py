@@ -3,12 +3,13 @@
 import argparse
 import json
 import logging
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from rich.console import Console
@@ -18,7 +19,7 @@ from torch import nn
 from ptq import plugins
 from ptq.artifact import QuantizedModel, check_free, integer_bytes, whole_folder
 from ptq.cli_options import build_parser
-from ptq.contracts import Feedback
+from ptq.contracts import CalibrationContext, Feedback, Presets
 from ptq.errors import ArtifactError, ExportError, PtqError, ReconstructionError, SpecError
 from ptq.evaluate import check_labels, onnx_runner, runner, top1
 from ptq.graph.fold_bn import fold_batch_norm
@@ -134,10 +135,17 @@ def _quantize(args: argparse.Namespace) -> int:
         sections = run_sections(qm, found["bytes"], proof, accuracy)
         title = f"{qm.manifest.source} at {qm.manifest.bits}"
         (folder / "report.md").write_text(markdown(title, sections, qm.manifest.notes), encoding="utf-8")
-    return _close(args, qm, sections, proof, console)
+        if proof is not None and not proof["passed"]:
+            kept = args.output.with_name(f"{args.output.name}.failed")
+            shutil.rmtree(kept, ignore_errors=True)
+            shutil.copytree(folder, kept)
+            raise ExportError(
+                f"the exported file does not compute what was simulated: {proof['failure']}; it is kept in {kept}"
+            )
+    return _close(args, qm, sections, console)
 
 
-def _close(args: argparse.Namespace, qm: QuantizedModel, sections: list[Section], proof: Any, console: Console) -> int:
+def _close(args: argparse.Namespace, qm: QuantizedModel, sections: list[Section], console: Console) -> int:
     if args.json:
         metrics = {
             **qm.manifest.metrics,
@@ -149,9 +157,6 @@ def _close(args: argparse.Namespace, qm: QuantizedModel, sections: list[Section]
     elif not args.quiet:
         print_sections(Console(), sections)
         console.print(f"written to {args.output}")
-    if proof is not None and not proof["passed"]:
-        print(f"ptq: the exported file does not compute what was simulated: {proof['failure']}", file=sys.stderr)
-        return 1
     return 0
 
 
@@ -166,13 +171,30 @@ def _pictures(args: argparse.Namespace) -> Pictures | None:
     return pictures
 
 
+@dataclass(frozen=True)
+class _Again:
+    """A calibrator that gives the images of the run before."""
+
+    images: torch.Tensor
+    synthetic: bool
+    count: int
+    batch_size: int = 128
+
+    teacher_bn: ClassVar[Literal["running", "batch"]] = "running"
+    presets: ClassVar[Presets] = {}
+
+    def batches(self, ctx: CalibrationContext) -> Iterator[torch.Tensor]:
+        """The images, as one batch."""
+        yield self.images
+
+
 def _baselines(
     model: nn.Module, qm: QuantizedModel, args: argparse.Namespace, common: dict[str, Any]
 ) -> dict[str, Any]:
     """What stands beside the result wherever accuracy is measured: float, and nearest rounding on the same images."""
-    nearest = quantize(
-        model, args.bits, qm.images if qm.images is not None else args.data, rounding="nearest", **common
-    )
+    assert qm.images is not None
+    again = _Again(qm.images, plugins.load("calibrators", args.data.partition(":")[0]).synthetic, len(qm.images))
+    nearest = quantize(model, args.bits, again, rounding="nearest", **common)
     name = qm.manifest.recipe["rounding"].partition(":")[0]
     runs = {"float": runner(model, _CPU), "nearest": runner(nearest.graph, _CPU)}
     return runs | ({} if name == "nearest" else {name: runner(qm.graph, _CPU)})
