@@ -64,9 +64,9 @@ class CalibrationContext:
     feedback: Feedback = field(default_factory=Feedback)
 
     def sizes(self) -> list[int]:
-        """Images per batch, adding up to `count`."""
-        full, rest = divmod(self.count, self.batch_size)
-        return [self.batch_size] * full + ([rest] if rest else [])
+        """Images per batch, adding up to `count`, as equal as can be: a lone image has no batch statistics."""
+        batches = -(-self.count // self.batch_size)
+        return [self.count // batches + (k < self.count % batches) for k in range(batches)]
 
 
 class Calibrator(Protocol):

@@ -39,7 +39,7 @@ def load_model(path: str | Path, arch: str | None = None, *, trust_pickle: bool 
     _refuse_other_kinds(path)
     content = _read(path, trust_pickle)
     if isinstance(content, nn.Module):
-        return content.eval()
+        return content.float().eval()
     state = _state_dict(path, content)
     if arch is None:
         raise ModelError(f"{path} holds weights only; {_NO_ARCH}")

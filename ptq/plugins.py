@@ -67,9 +67,9 @@ def build(kind: Kind, text: str, effort: str = "full") -> Any:
         if not equals:
             key, raw = getattr(cls, "positional", ""), item
         options[key] = _parse(cls, name, key, raw)
-    for key in ("count", "batch_size"):
-        if options.get(key, 1) < 1:
-            raise PluginError(f"option {key}={options[key]} of {name}: at least 1 is needed")
+    for key, least in (("count", 1), ("batch_size", 1), ("steps", 1 if kind == "calibrators" else 0)):
+        if options.get(key, least) < least:
+            raise PluginError(f"option {key}={options[key]} of {name}: at least {least} is needed")
     try:
         return cls(**options)
     except TypeError as e:

@@ -70,7 +70,7 @@ def rewrite(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
 
 
 def trace(model: nn.Module, input_shape: tuple[int, int, int]) -> fx.GraphModule:
-    """The teacher: `model` in eval mode as a graph of known operations, parameters frozen. `model` is not changed.
+    """The teacher: `model` in eval mode and float32 as a graph of known operations, frozen. `model` is not changed.
 
     Args:
         model: any float network with one tensor in, `[B, C, H, W]`, and one out.
@@ -83,7 +83,7 @@ def trace(model: nn.Module, input_shape: tuple[int, int, int]) -> fx.GraphModule
     while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         model = model.module
     try:
-        original = copy.deepcopy(model).eval().requires_grad_(False)
+        original = copy.deepcopy(model).float().eval().requires_grad_(False)
     except RuntimeError as e:  # the old weight_norm keeps a tensor that cannot be copied
         raise ModelError(
             f"the network cannot be copied: {_first_line(e)}; remove weight_norm with remove_weight_norm"
@@ -158,8 +158,6 @@ def _source(node: fx.Node) -> str:
 
 def _random_input(gm: nn.Module, batch: int, shape: tuple[int, int, int]) -> Tensor:
     first = next((p for p in gm.parameters()), torch.zeros(()))
-    if first.dtype != torch.float32:
-        raise ModelError(f"the network's parameters are {first.dtype}; convert it to float32 first, with model.float()")
     rng = torch.Generator().manual_seed(batch)
     return torch.randn(batch, *shape, generator=rng).to(first.device)
 

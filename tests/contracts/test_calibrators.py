@@ -37,8 +37,8 @@ def _batches(teacher: fx.GraphModule, source: Calibrator, seed: int = 0, **chang
 
 
 def _check(batches: list[Tensor], source: Calibrator, shape: tuple[int, int, int] = SHAPE) -> None:
-    sizes = [source.batch_size] * (source.count // source.batch_size) + [source.count % source.batch_size]
-    assert [len(b) for b in batches] == [s for s in sizes if s]
+    assert sum(len(b) for b in batches) == source.count
+    assert all(0 < len(b) <= source.batch_size for b in batches)
     for batch in batches:
         assert batch.dtype == torch.float32 and tuple(batch.shape[1:]) == shape
         assert not batch.requires_grad and bool(torch.isfinite(batch).all())

@@ -110,9 +110,9 @@ def test_input_of_another_shape(shape: tuple[int, int, int]):
         trace(build("plain"), shape)
 
 
-def test_double_precision():
-    with pytest.raises(ModelError, match=r"float64.*model\.float\(\)"):
-        trace(build("plain").double(), SHAPE)
+def test_double_precision_is_converted():
+    teacher = trace(build("plain").double(), SHAPE)
+    assert {p.dtype for p in teacher.parameters()} == {torch.float32}
 
 
 BATCH_FIXED = {
