@@ -43,8 +43,8 @@ def test_w8a8_on_real_pictures_is_float_within_noise(name, shared, nets, tmp_pat
     assert qm.manifest.metrics["fold_error"] < 1e-5
     # 0.5 points of 1,000 pictures are 5 pictures; 8 bits move those near a border only.
     assert _top1(qm.graph, x, y) > _top1(model, x, y) - 0.005
-    proof = ptq.export(qm, "onnx_qdq", tmp_path / "m.onnx", images=calib)
-    assert proof["top1_agreement"] >= 0.99
+    proof = ptq.export(qm, "onnx_qdq", tmp_path / "m.onnx", images=x[:250])
+    assert proof["differing_outputs"] == 0  # the integer network is the runtime's, bit for bit
 
 
 def test_every_convolution_of_resnet20_is_an_integer_kernel(shared, nets, tmp_path):

@@ -10,11 +10,8 @@ the innermost module that is not a `Sequential` and in whose forward the node ra
 
 import copy
 import operator
-import os
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,10 +21,10 @@ from torch.nn.utils import parametrize
 from ptq.errors import ModelError
 from ptq.graph.lower import GATED, IN_PLACE, Call, TensorShape, Unsupported, lower_call, lower_module
 from ptq.graph.ops import OPS, find_op, output_node
+from ptq.graph.source_line import first_line, source_of, user_line
 
 # Float kernels differ with batch size and memory layout in the last bits; lowering changes no more than the order of sums.
 _RELATIVE = 1e-5
-_OURS = tuple(str(Path(f).parent) + os.sep for f in (torch.__file__, __file__))  # folders that are not the user's
 
 
 class _Tracer(fx.Tracer):
@@ -86,7 +83,7 @@ def trace(model: nn.Module, input_shape: tuple[int, int, int]) -> fx.GraphModule
         original = copy.deepcopy(model).float().eval().requires_grad_(False)
     except RuntimeError as e:  # the old weight_norm keeps a tensor that cannot be copied
         raise ModelError(
-            f"the network cannot be copied: {_first_line(e)}; remove weight_norm with remove_weight_norm"
+            f"the network cannot be copied: {first_line(e)}; remove weight_norm with remove_weight_norm"
         ) from e
     _refuse_hooks(original)
     gm = _symbolic(copy.deepcopy(original))
@@ -117,7 +114,7 @@ def _symbolic(model: nn.Module) -> fx.GraphModule:
         graph = tracer.trace(model)
     except Exception as e:  # whatever the user's forward raises when it meets a symbolic tensor
         raise ModelError(
-            f"the network cannot be traced: {_user_line(e)}: {_first_line(e)}; make this independent of tensor values "
+            f"the network cannot be traced: {user_line(e)}: {first_line(e)}; make this independent of tensor values "
             "(shapes are fine), or quantize the sub-module without it"
         ) from e
     gm = fx.GraphModule(tracer.root, graph)
@@ -139,23 +136,6 @@ def _symbolic(model: nn.Module) -> fx.GraphModule:
     return gm
 
 
-def _user_line(e: BaseException) -> str:
-    """Where in the user's source an exception came up: "file.py:12 `code`"."""
-    frames = [f for f in traceback.extract_tb(e.__traceback__) if not f.filename.startswith(_OURS)]
-    return f"{frames[-1].filename}:{frames[-1].lineno} `{frames[-1].line}`" if frames else "no source line known"
-
-
-def _first_line(e: BaseException) -> str:
-    return (str(e).strip().splitlines() or [type(e).__name__])[0]
-
-
-def _source(node: fx.Node) -> str:
-    """Where in the user's source a node came from."""
-    lines = [line.strip() for line in (node.stack_trace or "").splitlines() if line.strip()]
-    theirs = [i for i, line in enumerate(lines) if line.startswith('File "') and not line[6:].startswith(_OURS)]
-    return " ".join(lines[theirs[-1] : theirs[-1] + 2]) if theirs else "no source line known"
-
-
 def _random_input(gm: nn.Module, batch: int, shape: tuple[int, int, int]) -> Tensor:
     first = next((p for p in gm.parameters()), torch.zeros(()))
     rng = torch.Generator().manual_seed(batch)
@@ -171,7 +151,7 @@ def _record(gm: fx.GraphModule, input_shape: tuple[int, int, int]) -> dict[fx.No
         raise
     except Exception as e:  # whatever the network raises on an input it does not fit
         raise ModelError(
-            f"the network does not run on input [B, {_x(input_shape)}]: {_first_line(e)}; check the input shape"
+            f"the network does not run on input [B, {_x(input_shape)}]: {first_line(e)}; check the input shape"
         ) from e
     return recorder.calls
 
@@ -246,10 +226,10 @@ def _steps(module: nn.Module | None, node: fx.Node, recorded: tuple[Any, ...]) -
             what = f"operation {getattr(node.target, '__name__', node.target)}"
             steps = lower_call(node.target, call)
     except Unsupported as e:
-        raise ModelError(f"not supported in {node.name}: {e} ({_source(node)})") from e
+        raise ModelError(f"not supported in {node.name}: {e} ({source_of(node)})") from e
     if steps is None:
         raise ModelError(
-            f"unknown {what} at {node.name} ({_source(node)}); known: {', '.join(sorted(o.name for o in OPS.values()))}"
+            f"unknown {what} at {node.name} ({source_of(node)}); known: {', '.join(sorted(o.name for o in OPS.values()))}"
         )
     return steps
 
@@ -306,7 +286,7 @@ def _drop_sizes(gm: fx.GraphModule) -> None:
     for node in gm.graph.nodes:
         if node.op not in ("placeholder", "output") and find_op(gm, node) is None:
             raise ModelError(
-                f"the value of {node.name} is not computed from the input by known operations ({_source(node)})"
+                f"the value of {node.name} is not computed from the input by known operations ({source_of(node)})"
             )
 
 
@@ -327,7 +307,7 @@ def _compare(original: nn.Module, gm: fx.GraphModule, input_shape: tuple[int, in
             got = _ShapeWriter(gm).run(x)
         except Exception as e:  # a batch size baked into the network shows here
             raise ModelError(
-                f"the network fails on another batch size: {_first_line(e)}; is the batch size fixed in it?"
+                f"the network fails on another batch size: {first_line(e)}; is the batch size fixed in it?"
             ) from e
     if not isinstance(expected, Tensor) or expected.ndim < 2:
         raise ModelError(
