@@ -27,7 +27,7 @@ from ptq.graph.plan import make_plan
 from ptq.graph.trace import trace
 from ptq.loading import load_model
 from ptq.pictures import Pictures, open_pictures
-from ptq.pipeline import export, proof_images, quantize
+from ptq.pipeline import export, normalization, proof_images, quantize
 from ptq.report import Section, markdown, plan_sections, print_sections, run_sections
 from ptq.spec import BitConfig, PlanRules
 
@@ -164,8 +164,8 @@ def _pictures(args: argparse.Namespace) -> Pictures | None:
     """The validation pictures, opened and looked at before any work is spent."""
     if args.val is None:
         return None
-    mean, std = (None if v is None else torch.tensor(v, dtype=torch.float32) for v in (args.mean, args.std))
-    pictures = open_pictures(args.val, tuple(args.input_shape), mean, std)
+    stated = normalization(args.mean, args.std, args.input_shape[0])
+    pictures = open_pictures(args.val, tuple(args.input_shape), *stated)
     pictures.read(torch.tensor([0]))
     check_labels(pictures)
     return pictures
@@ -228,8 +228,8 @@ def _export(args: argparse.Namespace) -> int:
 
 def _eval(args: argparse.Namespace) -> int:
     qm = QuantizedModel.load(args.folder)
-    mean, std = (None if v is None else torch.tensor(v) for v in (qm.manifest.mean, qm.manifest.std))
-    pictures = open_pictures(args.val, qm.manifest.input_shape, mean, std)
+    stated = normalization(args.mean or qm.manifest.mean, args.std or qm.manifest.std, qm.manifest.input_shape[0])
+    pictures = open_pictures(args.val, qm.manifest.input_shape, *stated)
     runs = {"simulation": runner(qm.graph, _CPU)}
     runs |= {f.name: onnx_runner(f) for f in sorted(args.folder.glob("*.onnx"))}
     accuracy = {name: top1(run, pictures) for name, run in runs.items()}

@@ -125,6 +125,13 @@ def _export_options(p: argparse.ArgumentParser) -> None:
 def _eval_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("folder", type=Path, help="what 'ptq quantize -o' wrote")
     p.add_argument("--val", type=Path, required=True, help="labelled pictures: folder or .npz (x, y)")
+    p.add_argument(
+        "--mean",
+        type=_numbers(float),
+        metavar="M,M,M",
+        help="normalization of the pictures; default: as stated at quantize",
+    )
+    p.add_argument("--std", type=_numbers(float), metavar="S,S,S", help="see --mean")
     p.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 

@@ -104,7 +104,7 @@ def quantize(
     source_of_images, method, exporter = _plugins(data, rounding, target, effort)
     run = _Run(
         _shape(input_shape), _device(device), seed,
-        *_normalization(mean, std, input_shape[0]), feedback or Feedback(),
+        *normalization(mean, std, input_shape[0]), feedback or Feedback(),
     )  # fmt: skip
     teacher, folded = run.timed("trace", _prepare, model, run)
     plan = make_plan(folded, bits, rules)
@@ -158,9 +158,14 @@ def _device(device: str | torch.device) -> torch.device:
     return found
 
 
-def _normalization(
+def normalization(
     mean: Iterable[float] | None, std: Iterable[float] | None, channels: int
 ) -> tuple[Tensor | None, Tensor | None]:
+    """`mean` and `std` as tensors [C], one number standing for every channel; None where neither is given.
+
+    Raises:
+        SpecError: only one is given, their lengths do not fit, or a deviation is not above 0.
+    """
     if mean is None and std is None:
         return None, None
     if mean is None or std is None:
