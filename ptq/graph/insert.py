@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import fx
 
-from ptq.graph.ops import find_op, weighted_nodes
+from ptq.graph.ops import moves, weighted_nodes
 from ptq.graph.plan import QuantPlan
 from ptq.graph.trace import rewrite
 from ptq.quant.affine import QParams
@@ -31,14 +31,9 @@ def insert_fake_quant(
             if (path := str(node.target)) in plan.weights:
                 set_weight_fake_quant(out.get_submodule(path), weights[path])
         for node in list(out.graph.nodes):
-            if node.op != "output" and node.meta.get("value") in plan.values and not _moves(out, node):
+            if node.op != "output" and node.meta.get("value") in plan.values and not moves(out, node):
                 _quantize_value(out, node, plan.group(node.meta["value"]), acts)
     return out
-
-
-def _moves(gm: fx.GraphModule, node: fx.Node) -> bool:
-    op = find_op(gm, node)
-    return op is not None and op.role in ("same", "concat")
 
 
 def quantizer_path(group: str) -> str:
@@ -65,9 +60,9 @@ def quantizer_of(gm: fx.GraphModule, value: str) -> ActFakeQuant | None:
         module = gm.get_submodule(str(node.target))
         if isinstance(module, ActFakeQuant):
             return module
-        if not _moves(gm, node):
+        if not moves(gm, node):
             return None
         node = node.all_input_nodes[0]
-    if node.op == "call_function" and _moves(gm, node):
+    if node.op == "call_function" and moves(gm, node):
         return quantizer_of(gm, node.all_input_nodes[0].meta["value"])
     return None

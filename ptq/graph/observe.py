@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx
 
-from ptq.graph.ops import find_op, weighted_nodes
+from ptq.graph.ops import moves, weighted_nodes
 from ptq.graph.plan import QuantPlan
 from ptq.quant.affine import QParams
 from ptq.quant.ranges import Estimator, minmax
@@ -52,7 +52,7 @@ def observe(
 
     Values that only move others (pools, reshapes) are not looked at: their source is.
     """
-    sources = {n.meta["value"] for n in teacher.graph.nodes if n.op != "output" and not _moves(teacher, n)}
+    sources = {n.meta["value"] for n in teacher.graph.nodes if n.op != "output" and not moves(teacher, n)}
     wanted = sources & set(plan.values)
     batches = list(batches)
     observer = _Observer(teacher, wanted, -(-_SAMPLES // len(batches)), rng)
@@ -67,11 +67,6 @@ def observe(
         group: estimator(torch.cat([s for name in names for s in observer.samples[name]]), plan.values[names[0]])
         for group, names in members.items()
     }
-
-
-def _moves(gm: fx.GraphModule, node: fx.Node) -> bool:
-    op = find_op(gm, node)
-    return op is not None and op.role in ("same", "concat")
 
 
 def weight_params(

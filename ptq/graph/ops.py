@@ -83,6 +83,12 @@ def find_op(gm: fx.GraphModule, node: fx.Node) -> Op | None:
     return OPS.get(parametrize.type_before_parametrizations(gm.get_submodule(str(node.target))))
 
 
+def moves(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node only rearranges values that are on their source's grid already."""
+    op = find_op(gm, node)
+    return op is not None and op.role in ("same", "concat")
+
+
 def weighted_nodes(gm: fx.GraphModule) -> list[fx.Node]:
     """The nodes of convolutions and linear layers, in execution order."""
     return [n for n in gm.graph.nodes if (op := find_op(gm, n)) is not None and op.role == "weighted"]
