@@ -8,62 +8,43 @@ goes on where it stopped. Uses the public API only.
 """
 
 import argparse
-import importlib.util
-import json
 import sys
 import tempfile
-import tomllib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime
 import torch
-from PIL import Image
+from networks import HERE, SHARED, Network, load
+from rows import Rows, markdown, mean_and_deviation
 from torch import Tensor, nn
 
 import ptq
 
-HERE = Path(__file__).resolve().parent
-_HEADS = (
-    "network", "data", "bits", "rounding", "seed", "float", "simulation", "onnx", "agreement", "float_agreement", "seconds",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Network:
-    """A trained float network with its pictures: `x` float32 in its input space, `y` labels."""
-
-    name: str
-    model: nn.Module
-    shape: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    x: Tensor
-    y: Tensor
-    real: Tensor
+_KEYS = ("network", "data", "bits", "rounding", "ranges", "edges", "seed")
+_HEADS = (*_KEYS, "float", "simulation", "onnx", "agreement", "float_agreement", "seconds")
 
 
 def main() -> None:
     """Runs what the command line asks for."""
     args = _arguments()
-    done = {_key(row) for row in _rows(args.out)}
-    cases = tomllib.loads((HERE / "cases.toml").read_text())
+    rows = Rows(args.out, _KEYS)
     for name in args.networks.split(","):
-        network = _load(name, cases[name], args.shared)
+        network = load(name, args.shared)
         for data in args.data.split(";"):
             for seed in range(args.seeds):
-                _run(network, data, seed, args, done)
+                run(network, data, seed, args, rows)
 
 
 def _arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--shared", type=Path, default=HERE.parent.parent / "shared", help="folder with zoo/ and data/")
+    p.add_argument("--shared", type=Path, default=SHARED, help="folder with zoo/ and data/")
     p.add_argument("--networks", default="resnet20", help="comma-separated, of cases.toml")
     p.add_argument("--bits", default="w8a8,w4a4,w2a4", help="comma-separated")
     p.add_argument("--data", default="genie", help="sources, separated by semicolons: genie:steps=500;gaussian;real")
     p.add_argument("--rounding", default="nearest;genie_m", help="separated by semicolons")
+    p.add_argument("--ranges", default="lp", help="lp, minmax or smoothed")
+    p.add_argument("--edges", default="brecq", help="brecq, qdrop or all")
     p.add_argument("--effort", default="standard", help="quick, standard or full: sizes left open")
     p.add_argument("--count", type=int, help="calibration images, where the source's options do not say")
     p.add_argument("--steps", type=int, help="synthesis steps per batch, likewise (genie)")
@@ -77,89 +58,51 @@ def _arguments() -> argparse.Namespace:
     p.add_argument("--out", type=Path, default=HERE / "results" / "accuracy.jsonl")
     args = p.parse_args()
     if args.table:
-        _print_table(args.out)
+        print(_table(Rows(args.out, _KEYS)))
         sys.exit()
-    (args.out.parent / "cache").mkdir(parents=True, exist_ok=True)
     return args
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
-def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[k] for k in ("network", "data", "bits", "rounding", "seed"))
-
-
-def _load(name: str, case: dict[str, Any], shared: Path) -> Network:
-    spec = importlib.util.spec_from_file_location("nets", shared / "zoo" / "nets.py")
-    nets = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(nets)
-    mean, std = nets.ZOO[name][2]
-    x, y = _pictures(shared / "data" / case["val"], mean, std)
-    real = _pictures(shared / "data" / case["real"], mean, std)[0]
-    return Network(name, nets.load(name), tuple(case["shape"]), mean, std, x, y, real)
-
-
-def _pictures(path: Path, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    if path.is_dir():
-        files = sorted(path.glob("*.jpg"))
-        raw, y = np.stack([np.asarray(Image.open(f).convert("RGB")) for f in files]), [int(f.name[:4]) for f in files]
-    else:
-        loaded = np.load(path)
-        raw, y = loaded["x"], loaded["y"]
-    x = torch.from_numpy(raw).permute(0, 3, 1, 2).float() / 255
-    return (x - torch.tensor(mean).view(1, -1, 1, 1)) / torch.tensor(std).view(1, -1, 1, 1), torch.tensor(y)
-
-
-def _run(network: Network, data: str, seed: int, args: argparse.Namespace, done: set[tuple[Any, ...]]) -> None:
+def run(network: Network, data: str, seed: int, args: argparse.Namespace, rows: Rows) -> None:
     """All widths and roundings on one set of calibration images, which is made once."""
-    options = _with(data, {"count": args.count} | ({"steps": args.steps} if data.startswith("genie") else {}))
+    options = _with(data, {"count": args.count} | ({"steps": args.steps} if _has_steps(data) else {}))
     methods = [_with(m, {"steps": args.iterations}) if m.startswith("genie_m") else m for m in args.rounding.split(";")]
-    todo = [
-        (bits, method)
-        for bits in args.bits.split(",")
-        for method in methods
-        if (network.name, options, bits, method, seed) not in done
-    ]
-    for bits, method in todo:
-        key = f"{network.name} {options} {bits} {method} {seed}".replace("/", "_").replace(":", " ")
-        qm = _quantize(network, options, bits, method, seed, args, args.out.parent / "cache" / key)
-        row = {"network": network.name, "data": options, "bits": bits, "rounding": method, "seed": seed}
-        row |= _measure(network, qm) | {
-            "stages": qm.manifest.seconds,
-            "seconds": round(sum(qm.manifest.seconds.values()), 1),
-        }
-        row |= {"images": qm.manifest.metrics["calibration_images"], "effort": args.effort, "device": args.device}
-        row |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
-        with args.out.open("a") as f:
-            f.write(json.dumps(row) + "\n")
-        print({k: row[k] for k in _HEADS}, flush=True)
+    for bits in args.bits.split(","):
+        for method in methods:
+            key = {"network": network.name, "data": options, "bits": bits, "rounding": method, "seed": seed}
+            key |= {"ranges": args.ranges, "edges": args.edges}
+            if rows.find(**key) is not None:
+                continue
+            qm = _quantize(network, key, args)
+            row = key | measure(network, qm) | {
+                "stages": qm.manifest.seconds, "seconds": round(sum(qm.manifest.seconds.values()), 1),
+                "images": qm.manifest.metrics["calibration_images"], "effort": args.effort, "device": args.device,
+                "torch": torch.__version__, "threads": torch.get_num_threads(),
+            }  # fmt: skip
+            rows.add(row)
+            print({k: row[k] for k in _HEADS}, flush=True)
 
 
-def _quantize(
-    network: Network, options: str, bits: str, method: str, seed: int, args: argparse.Namespace, kept: Path
-) -> ptq.QuantizedModel:
+def _has_steps(data: str) -> bool:
+    return data.partition(":")[0] not in ("real", "gaussian", "images", "mix")
+
+
+def _quantize(network: Network, key: dict[str, Any], args: argparse.Namespace) -> ptq.QuantizedModel:
     """The quantized network; an earlier run's where it is kept. Calibration images are made once per source and seed."""
+    kept = args.out.parent / "cache" / " ".join(map(str, key.values())).replace("/", "_").replace(":", " ")
     if kept.is_dir():
         return ptq.load(kept)
-    pictures = kept.parent / f"{network.name} {options} {seed}.npy".replace("/", "_").replace(":", " ")
-    data: Any = options
-    if args.no_normalization:
-        stated = {}
-    else:
-        stated = {"mean": network.mean, "std": network.std}
-        data = torch.from_numpy(np.load(pictures)) if pictures.is_file() else data
-    if options.startswith("real"):
-        pick = torch.randperm(len(network.real), generator=torch.Generator().manual_seed(seed))
+    data: Any = key["data"]
+    if data.startswith("real"):
+        pick = torch.randperm(len(network.real), generator=torch.Generator().manual_seed(key["seed"]))
         data = network.real[pick[: args.count or 1024]]
+    stated = {} if args.no_normalization else {"mean": network.mean, "std": network.std}
     qm = ptq.quantize(
-        network.model, bits, data, input_shape=network.shape, rounding=method, effort=args.effort, seed=seed,
-        device=args.device, target="onnx_qdq", **stated,
+        network.model, key["bits"], data, input_shape=network.shape, rounding=key["rounding"], ranges=key["ranges"],
+        edges=key["edges"], effort=args.effort, seed=key["seed"], device=args.device, target="onnx_qdq",
+        cache=args.out.parent / "cache" / "images", **stated,
     )  # fmt: skip
     qm.save(kept)
-    if not pictures.is_file() and stated:
-        np.save(pictures, qm.images.numpy())
     return qm
 
 
@@ -180,7 +123,7 @@ def _module(model: nn.Module) -> Any:
     return run
 
 
-def _measure(network: Network, qm: ptq.QuantizedModel) -> dict[str, Any]:
+def measure(network: Network, qm: ptq.QuantizedModel) -> dict[str, Any]:
     """Top-1 of float network, simulation and ONNX file, the share of pictures the last two agree on, and the gate's figures."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
@@ -202,10 +145,15 @@ def _measure(network: Network, qm: ptq.QuantizedModel) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _print_table(path: Path) -> None:
-    print("| " + " | ".join(_HEADS) + " |\n|" + "---|" * len(_HEADS))
-    for row in _rows(path):
-        print("| " + " | ".join(str(row[h]) for h in _HEADS) + " |")
+def _table(rows: Rows) -> str:
+    """One line per case, its seeds together."""
+    heads = ("network", "data", "bits", "rounding", "ranges", "edges", "float")
+    figures = ("simulation", "onnx", "agreement", "float_agreement", "onnx_bytes")
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows.rows:
+        groups.setdefault(tuple(row.get(h) for h in heads), []).append(row)
+    lines = [[*key, *(mean_and_deviation([r[f] for r in group]) for f in figures)] for key, group in groups.items()]
+    return markdown([*heads, *figures], lines)
 
 
 if __name__ == "__main__":

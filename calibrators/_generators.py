@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 
 class GenieGenerator(nn.Module):
@@ -30,6 +31,62 @@ class GenieGenerator(nn.Module):
         x = F.leaky_relu(self.norm1(up_conv(x, self.conv1)), 0.2)
         x = torch.tanh(up_conv(x, self.conv2))
         return self.norm2(x[:, :, : self.height, : self.width])
+
+
+class ConvGenerator(nn.Module):
+    """Latent `[B, latent]` → images `[B, C, H, W]` of zero mean and unit deviation per channel over the batch.
+
+    Linear, BN, spectrally normalized 3 × 3 convolutions with BN and LeakyReLU between upsamplings (two for inputs below 128
+    pixels, four above), sigmoid, BN(affine=False). Sides that do not divide are generated larger and cropped.
+
+    Ref: Tran et al., NAYER, CVPR 2024, tables 6 and 7; the same network generates PRE-DFKD's novel samples.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], latent: int) -> None:
+        super().__init__()
+        channels, self.height, self.width = shape
+        widths = (128, 128, 64) if max(shape[1:]) < 128 else (128, 128, 128, 64, 64)
+        part = 2 ** (len(widths) - 1)
+        self.start = (128, -(-self.height // part), -(-self.width // part))
+        size = self.start[0] * self.start[1] * self.start[2]
+        self.expand, self.norm = nn.Linear(latent, size), nn.BatchNorm1d(size)
+        ends = [128, *widths[1:], channels]
+        self.convs = nn.ModuleList(
+            spectral_norm(nn.Conv2d(a, b, 3, padding=1)) for a, b in zip((128, *ends[:-1]), ends)
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in ends[:-1])
+        self.last = nn.BatchNorm2d(channels, affine=False)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.norm(self.expand(z)).view(-1, *self.start)
+        x = F.leaky_relu(self.norms[0](self.convs[0](x)), 0.2)
+        for conv, norm in zip(self.convs[1:], self.norms[1:]):
+            x = F.leaky_relu(norm(up_conv(x, conv)), 0.2)
+        x = torch.sigmoid(up_conv(x, self.convs[-1]))
+        return self.last(x[:, :, : self.height, : self.width])
+
+
+class Encoder(nn.Module):
+    """Images `[B, C, H, W]` → mean and log-variance `[B, latent]` each.
+
+    Conv 64 (stride 2), conv 128 (stride 2), conv 128, pooled to at most 8 × 8, two linear heads.
+
+    Ref: Binici et al., PRE-DFKD, AAAI 2022. Differs: the pooling, so that its size does not grow with the pictures'.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], latent: int) -> None:
+        super().__init__()
+        channels, height, width = shape
+        layers = []
+        for a, b, stride in ((channels, 64, 2), (64, 128, 2), (128, 128, 1)):
+            layers += [nn.Conv2d(a, b, 3, stride, 1), nn.BatchNorm2d(b), nn.LeakyReLU(0.2)]
+        sides = (min(8, -(-height // 4)), min(8, -(-width // 4)))
+        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(sides), nn.Flatten())
+        self.mean, self.log_var = (nn.Linear(128 * sides[0] * sides[1], latent) for _ in range(2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.body(x)
+        return self.mean(x), self.log_var(x)
 
 
 def up_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:

@@ -8,17 +8,52 @@ its statistics are those of the first layers' response to the training images.
 with u noise that has the spectrum of natural images, 1/f, and their correlation between colours.
 """
 
+from dataclasses import dataclass
+
 import torch
-from ptq.calibrators._losses import batch_norms
 from torch import Tensor, fx
 
 from ptq.contracts import CalibrationContext
 from ptq.graph.blocks import extract
 from ptq.graph.ops import BATCH_NORMS
+from ptq.graph.taps import batch_norms
 
 _NATURAL_MEAN, _NATURAL_STD = 0.449, 0.226  # of pixels in [0, 1], over natural photographs
 _COLOUR = 0.9  # correlation between colour channels of natural photographs
 _BATCH, _STEPS = 16, 150
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """Where inputs live: `mean + std · u` for normalized `u`. low, high: normalized values of a black and a white pixel.
+
+    All [1, C, 1, 1].
+    """
+
+    mean: Tensor
+    std: Tensor
+    low: Tensor
+    high: Tensor
+
+    def place(self, u: Tensor) -> Tensor:
+        """Normalized images → the network's input space."""
+        return self.mean + self.std * u
+
+    def clip(self, u: Tensor) -> Tensor:
+        """`u` within the valid pixels."""
+        return torch.minimum(torch.maximum(u, self.low), self.high)
+
+
+def pixel_space(ctx: CalibrationContext) -> Space:
+    """The network's input space, with the valid pixels: as stated, else those of natural photographs."""
+    mean, std = input_space(ctx)
+    if ctx.mean is not None and ctx.std is not None:
+        black, white = -ctx.mean / ctx.std, (1 - ctx.mean) / ctx.std
+        low, high = (black.to(ctx.device) - mean) / std, (white.to(ctx.device) - mean) / std
+    else:
+        low = torch.full_like(mean, -_NATURAL_MEAN / _NATURAL_STD)
+        high = torch.full_like(mean, (1 - _NATURAL_MEAN) / _NATURAL_STD)
+    return Space(*(v.view(1, -1, 1, 1) for v in (mean, std, low, high)))
 
 
 def input_space(ctx: CalibrationContext) -> tuple[Tensor, Tensor]:

@@ -1,66 +1,93 @@
-"""BatchNorm statistics as a loss: what the running statistics of a network say about the images it was trained on."""
+"""What synthetic images are fitted to: BatchNorm statistics, image priors, classes.
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+μ_l, σ_l: running mean and deviation of BatchNorm l; m_l, s_l: those of its input on the images at hand.
+"""
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
-from ptq.errors import CalibrationError
-
-# Inside the square root: the gradient of a standard deviation is infinite at a constant channel.
-_EPS = 1e-8
+from ptq.graph.taps import EPS, Tap, Taps, gaussian_kl, moments
 
 
-@dataclass
-class Taps:
-    """Statistics of every BatchNorm's input in the last forward pass: (mean [C], std [C], the layer), in order."""
+def std_loss(taps: Taps) -> Tensor:
+    """Sum over layers l of mean_c (m_l - μ_l)² + mean_c (s_l - σ_l)², averaged over networks.
 
-    seen: list[tuple[Tensor, Tensor, nn.Module]] = field(default_factory=list)
-
-    def loss(self) -> Tensor:
-        """Sum over layers l of mean_c (m_l - μ_l)² + mean_c (s_l - σ_l)²; m, s of the batch, μ, σ the running statistics.
-
-        Ref: Jeon et al., GENIE, CVPR 2023, eq. 7.
-        Differs: the mean over channels, as in the authors' program, where the equation reads as a sum.
-        """
-        total = torch.zeros((), device=self.seen[0][0].device)
-        for mean, std, norm in self.seen:
-            running_std = (norm.running_var + norm.eps).sqrt()  # type: ignore[operator]
-            total = total + (mean - norm.running_mean).square().mean() + (std - running_std).square().mean()
-        return total
-
-
-def batch_norms(model: nn.Module) -> list[nn.Module]:
-    """The BatchNorm layers that keep running statistics."""
-    kinds = (nn.BatchNorm1d, nn.BatchNorm2d)
-    return [m for m in model.modules() if isinstance(m, kinds) and m.running_mean is not None]
-
-
-@contextmanager
-def tap_batch_norms(model: nn.Module) -> Iterator[Taps]:
-    """Collects the statistics of every BatchNorm's input while the context is open; forget them with `seen.clear()`.
-
-    Raises:
-        CalibrationError: the model has no BatchNorm.
+    Ref: Jeon et al., GENIE, CVPR 2023, eq. 7.
+    Differs: the mean over channels, as in the authors' program, where the equation reads as a sum.
     """
-    norms = batch_norms(model)
-    if not norms:
-        raise CalibrationError(
-            "this source draws on the network's BatchNorm statistics, and the network has none; "
-            "use '--data gaussian' or real pictures, '--data images:PATH'"
-        )
-    taps = Taps()
+    return torch.stack([_moment_distance(tap) for tap in taps.seen]).sum() / taps.models
 
-    def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0]
-        var, mean = torch.var_mean(x, dim=[d for d in range(x.ndim) if d != 1], correction=0)
-        taps.seen.append((mean, (var + _EPS).sqrt(), module))
 
-    handles = [norm.register_forward_pre_hook(look) for norm in norms]
-    try:
-        yield taps
-    finally:
-        for handle in handles:
-            handle.remove()
+def moment_loss(taps: Taps) -> Tensor:
+    """Mean over layers of mean_c (m_l - μ_l)² + mean_c (s_l - σ_l)².
+
+    Ref: Haroush et al., The Knowledge Within, CVPR 2020, §3.3: the mean square error of moments, which takes the place of
+    the divergence.
+    """
+    return torch.stack([_moment_distance(tap) for tap in taps.seen]).mean()
+
+
+def _moment_distance(tap: Tap) -> Tensor:
+    s, sigma = (tap.var + EPS).sqrt(), (tap.running_var + tap.norm.eps).sqrt()  # type: ignore[operator]
+    return (tap.mean - tap.running_mean).square().mean() + (s - sigma).square().mean()
+
+
+def kl_loss(taps: Taps) -> Tensor:
+    """J_KL: mean over layers and channels of KL( N(μ_l, σ_l²) ‖ N(m_l, s_l²) ).
+
+    Ref: Haroush et al., The Knowledge Within, CVPR 2020, eq. 1-3.
+    """
+    return torch.stack(
+        [gaussian_kl(tap.running_mean, tap.running_var, tap.mean, tap.var).mean() for tap in taps.seen]
+    ).mean()
+
+
+def variance_loss(taps: Taps) -> Tensor:
+    """Sum over layers of ‖m_l - μ_l‖₂ + ‖s_l² - σ_l²‖₂; zero where there is no BatchNorm.
+
+    Ref: Tran et al., NAYER, CVPR 2024, eq. 5, L_BN; Yin et al., DeepInversion, CVPR 2020.
+    """
+    terms = [_norm(tap.mean - tap.running_mean) + _norm(tap.var - tap.running_var) for tap in taps.seen]
+    return torch.stack(terms).sum() / taps.models if terms else torch.zeros(())
+
+
+def _norm(v: Tensor) -> Tensor:
+    return (v.square().sum() + EPS).sqrt()
+
+
+def image_std_loss(x: Tensor) -> Tensor:
+    """Each image's mean towards 0 and deviation towards 1, per channel: the input as one more layer of statistics."""
+    var, mean = torch.var_mean(x, dim=(2, 3), correction=0)
+    return mean.square().mean() + ((var + EPS).sqrt() - 1).square().mean()
+
+
+def input_kl(x: Tensor) -> Tensor:
+    """The same for the divergence: normalized images over the batch, against N(0, 1)."""
+    mean, var = moments(x)
+    return gaussian_kl(torch.zeros_like(mean), torch.ones_like(var), mean, var).mean()
+
+
+def smooth(x: Tensor) -> Tensor:
+    """`x` under a 3 × 3 Gaussian kernel of deviation 1 pixel."""
+    side = torch.tensor([-0.5, 0.0, -0.5], device=x.device).exp()
+    kernel = torch.outer(side, side) / side.sum().square()
+    channels = x.shape[1]
+    padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
+    return F.conv2d(padded, kernel.expand(channels, 1, 3, 3), groups=channels)
+
+
+def smoothness(x: Tensor) -> Tensor:
+    """MSE( x, smooth(x) ).
+
+    Ref: Haroush et al., The Knowledge Within, CVPR 2020, §4.1, image prior.
+    """
+    return F.mse_loss(x, smooth(x))
+
+
+def inception(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
+    """Mean of exp( -logit[target] / scale ).
+
+    Ref: Haroush et al., The Knowledge Within, CVPR 2020, §3.2.
+    """
+    return (-logits.gather(1, targets.view(-1, 1)) / scale).exp().mean()

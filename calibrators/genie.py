@@ -5,21 +5,24 @@
 Ref: Jeon et al., GENIE: Show Me the Data for Quantization, CVPR 2023, §3.1, algorithm 1, eq. 7, appendix A.
 """
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
 import torch
 from ptq.calibrators._generators import GenieGenerator, seeded
 from ptq.calibrators._input_space import input_space
-from ptq.calibrators._losses import Taps, tap_batch_norms
-from ptq.calibrators._swing import with_swing
+from ptq.calibrators._losses import image_std_loss, std_loss
+from ptq.calibrators._plateau import Plateau
+from ptq.calibrators._progress import StepCount
+from ptq.calibrators._teachers import teachers
 from torch import Tensor, nn
 
 from ptq.contracts import CalibrationContext, Presets
 from ptq.errors import CalibrationError
+from ptq.graph.taps import tap_batch_norms
 
 __all__ = ["Genie"]
 
@@ -47,50 +50,49 @@ class Genie:
     patience: int = 100
     swing: bool = True
 
+    needs: ClassVar[tuple[str, ...]] = ("BatchNorm",)
+    paper: ClassVar[str] = "Jeon et al., GENIE, CVPR 2023"
     teacher_bn: ClassVar[Literal["running", "batch"]] = "running"
     synthetic: ClassVar[bool] = True
     presets: ClassVar[Presets] = {"quick": {"count": 256, "steps": 250}, "standard": {"count": 512, "steps": 500}}
 
     def batches(self, ctx: CalibrationContext) -> Iterator[Tensor]:
         """Batches [B, C, H, W]; see `ptq.contracts.Calibrator`."""
-        mean, std = input_space(ctx)
-        model = with_swing(ctx.model, ctx.rng) if self.swing else copy.deepcopy(ctx.model)
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        done, total = 0, len(ctx.sizes()) * self.steps
-        with tap_batch_norms(model) as taps:
-            for size in ctx.sizes():
-                # A lone image has no batch statistics to match: distil two, keep one.
-                yield self._distil(model, taps, max(size, 2), ctx, (mean, std), (done, total))[:size]
-                done += self.steps
+        space, count = input_space(ctx), StepCount(ctx, self.steps)
+        for k, size in enumerate(ctx.sizes()):
+            # A lone image has no batch statistics to match: distil two, keep one.
+            yield ctx.batch(k, partial(self._distil, ctx, space, max(size, 2), partial(count.step, k)))[:size]
+            count.batch(k)
 
     @torch.enable_grad()
     def _distil(
-        self, model: nn.Module, taps: Taps, size: int, ctx: CalibrationContext,
-        space: tuple[Tensor, Tensor], progress: tuple[int, int],
+        self, ctx: CalibrationContext, space: tuple[Tensor, Tensor], size: int, done: Callable[[int, Tensor], None],
+        rng: torch.Generator,
     ) -> Tensor:  # fmt: skip
-        z = torch.randn(size, self.latent, generator=ctx.rng).to(ctx.device).requires_grad_()
-        g = seeded(lambda: GenieGenerator(ctx.input_shape, self.latent), ctx.rng).to(ctx.device)
+        z = torch.randn(size, self.latent, generator=rng).to(ctx.device).requires_grad_()
+        g = seeded(lambda: GenieGenerator(ctx.input_shape, self.latent), rng).to(ctx.device)
         g.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        place = _Placement(*space).to(ctx.device)
+        model, place = teachers(ctx, rng if self.swing else None), _Placement(*space).to(ctx.device)
         adam_z = torch.optim.Adam([z], lr=self.lr_latent)
         adam_g = torch.optim.Adam([*g.parameters(), *place.trained()], lr=self.lr_generator)
         decay = torch.optim.lr_scheduler.StepLR(adam_g, self.decay_every, self.decay)
-        plateau = _Plateau(adam_z, self.patience, every=1 if ctx.device.type == "cpu" else 50)
+        plateau = Plateau(adam_z, self.patience, ctx.device)
         images = z
-        for step in range(self.steps):
-            taps.seen.clear()
-            adam_z.zero_grad()
-            adam_g.zero_grad()
-            normalized = g(z)
-            images = place(normalized)
-            model(images)
-            loss = taps.loss() + _input_loss(normalized)
-            loss.backward()
-            adam_z.step()
-            adam_g.step()
-            decay.step()
-            plateau.step(loss.detach())
-            ctx.feedback.progress("synthesis", progress[0] + step + 1, progress[1])
+        with tap_batch_norms(model.models) as taps:
+            for step in range(self.steps):
+                taps.seen.clear()
+                adam_z.zero_grad()
+                adam_g.zero_grad()
+                normalized = g(z)
+                images = place(normalized)
+                model(images)
+                loss = std_loss(taps) + image_std_loss(normalized)
+                loss.backward()
+                adam_z.step()
+                adam_g.step()
+                decay.step()
+                plateau.step(loss.detach())
+                done(step, loss)
         if not bool(torch.isfinite(images).all()):
             raise CalibrationError("distillation diverged: the images are not finite; lower lr_latent or lr_generator")
         # The images belong to the loss of this last forward pass, not to the parameters after the last step.
@@ -100,12 +102,6 @@ class Genie:
     def smoke(cls, folder: Path) -> Self:
         """A few steps on a few images."""
         return cls(count=6, batch_size=4, steps=3, latent=8)
-
-
-def _input_loss(x: Tensor) -> Tensor:
-    """Each image's mean towards 0 and deviation towards 1, per channel: the input as one more layer of statistics."""
-    var, mean = torch.var_mean(x, dim=(2, 3), correction=0)
-    return mean.square().mean() + ((var + 1e-8).sqrt() - 1).square().mean()
 
 
 class _Placement(nn.Module):
@@ -124,18 +120,3 @@ class _Placement(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x if self.normalized else self.mean + self.std * (self.shift + self.growth.exp() * x)
-
-
-class _Plateau:
-    """`ReduceLROnPlateau` that reads the losses `every` so many steps, so that a GPU need not wait in each."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, patience: int, every: int) -> None:
-        self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=patience, min_lr=1e-4)
-        self.every, self.waiting = every, []
-
-    def step(self, loss: Tensor) -> None:
-        self.waiting.append(loss)
-        if len(self.waiting) == self.every:
-            for value in torch.stack(self.waiting).tolist():
-                self.scheduler.step(value)
-            self.waiting.clear()

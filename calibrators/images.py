@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ptq.contracts import CalibrationContext, Presets
 from ptq.errors import CalibrationError
-from ptq.pictures import open_pictures
+from ptq.pictures import Fit, open_pictures
 
 __all__ = ["Images"]
 
@@ -20,13 +20,18 @@ __all__ = ["Images"]
 class Images:
     """Real pictures, `count` of them picked at random. path: folder, .npz (under "x") or .npy; labels are not used.
 
-    count: images wanted; all there are where that is fewer. batch_size: images per batch.
+    count: images wanted; all there are where that is fewer. batch_size: images per batch. resize: length of the shorter
+    side, in pixels, to which pictures are brought; crop: side of the square then cut from their middle.
     """
 
     path: Path
     count: int = 1024
     batch_size: int = 128
+    resize: int | None = None
+    crop: int | None = None
 
+    needs: ClassVar[tuple[str, ...]] = ()
+    paper: ClassVar[str] = "real data"
     teacher_bn: ClassVar[Literal["running", "batch"]] = "running"
     synthetic: ClassVar[bool] = False
     presets: ClassVar[Presets] = {"quick": {"count": 256}, "standard": {"count": 512}}
@@ -34,7 +39,7 @@ class Images:
 
     def batches(self, ctx: CalibrationContext) -> Iterator[Tensor]:
         """Batches [B, C, H, W]; see `ptq.contracts.Calibrator`."""
-        pictures = open_pictures(Path(self.path), ctx.input_shape, ctx.mean, ctx.std)
+        pictures = open_pictures(Path(self.path), ctx.input_shape, ctx.mean, ctx.std, Fit(self.resize, self.crop))
         order = torch.randperm(len(pictures), generator=ctx.rng)[: ctx.count].sort().values
         if len(order) < ctx.count:
             ctx.feedback.note(

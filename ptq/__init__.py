@@ -19,11 +19,14 @@ from ptq.errors import (
     SpecError,
 )
 from ptq.pipeline import export, quantize
+from ptq.similarity import Similarity
+from ptq.sources import Synthesis, data_similarity, synthesize
 from ptq.spec import BitConfig
 
 load = QuantizedModel.load
 
 __all__ = [
     "ArtifactError", "BitConfig", "CalibrationError", "ExportError", "ModelError", "PluginError", "PtqError",
-    "QuantizedModel", "ReconstructionError", "SpecError", "export", "load", "quantize",
+    "QuantizedModel", "ReconstructionError", "Similarity", "SpecError", "Synthesis", "data_similarity", "export", "load",
+    "quantize", "synthesize",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The command line: `ptq quantize`, `inspect`, `export`, `eval`, `list`, `demo`."""
+"""The command line: `ptq quantize`, `inspect`, `export`, `eval`, `list`, `demo`; see `cli_images.py` for the others."""
 
 import argparse
 import json
@@ -6,30 +6,31 @@ import logging
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
 from ptq import plugins
 from ptq.artifact import QuantizedModel, check_free, integer_bytes, whole_folder
+from ptq.cli_images import further, run_similarity, run_synthesize, sized
 from ptq.cli_options import build_parser
-from ptq.contracts import CalibrationContext, Feedback, Presets
+from ptq.contracts import CalibrationContext, Presets
 from ptq.errors import ArtifactError, ExportError, PtqError, ReconstructionError, SpecError
 from ptq.evaluate import check_labels, onnx_runner, runner, top1
 from ptq.graph.fold_bn import fold_batch_norm
 from ptq.graph.plan import make_plan
 from ptq.graph.trace import trace
 from ptq.loading import load_model
-from ptq.pictures import Pictures, open_pictures
-from ptq.pipeline import export, normalization, proof_images, quantize
+from ptq.pictures import Fit, Pictures, open_pictures
+from ptq.pipeline import export, proof_images, quantize
 from ptq.report import Section, markdown, plan_sections, print_sections, run_sections
+from ptq.run import normalization
 from ptq.spec import BitConfig, PlanRules
+from ptq.terminal import shown
 
 _CPU = torch.device("cpu")
 _RECIPE = ("bits", "data", "rounding", "ranges", "edges", "adds", "seed")  # what --recipe takes over from a manifest
@@ -60,7 +61,7 @@ def _settle(args: argparse.Namespace) -> None:
     """Fills in what the command line left open: from the recipe, then the defaults."""
     recipe: dict[str, Any] = {
         "bits": "w8a8",
-        "data": "genie",
+        "data": "auto",
         "rounding": "genie_m",
         "ranges": "lp",
         "edges": "brecq",
@@ -85,27 +86,6 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         raise ArtifactError(f"{path} is not a manifest of this program: {type(e).__name__}: {e}") from e
 
 
-@contextmanager
-def _shown(quiet: bool, console: Console):
-    """Feedback that draws progress bars with the time left; notes go above them."""
-    if quiet:
-        yield Feedback()
-        return
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console, refresh_per_second=2, speed_estimate_period=60) as bars:
-        tasks: dict[str, Any] = {}
-
-        def progress(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
-
-        yield Feedback(progress, lambda text: bars.console.print(f"note: {text}"))
-
-
 def _quantize(args: argparse.Namespace) -> int:
     _settle(args)
     check_free(args.output, args.force)
@@ -115,11 +95,20 @@ def _quantize(args: argparse.Namespace) -> int:
     common: dict[str, Any] = {
         "input_shape": args.input_shape, "ranges": args.ranges, "edges": args.edges, "adds": args.adds,
         "effort": args.effort, "target": target, "mean": args.mean, "std": args.std, "seed": args.seed,
-        "device": args.device, "source": f"{args.model.name}" + (f" ({args.arch})" if args.arch else ""),
+        "device": args.device, "cache": args.cache, "source": f"{args.model.name}" + (f" ({args.arch})" if args.arch else ""),
     }  # fmt: skip
     pictures = _pictures(args)
-    with _shown(args.quiet, console) as feedback:
-        qm = quantize(model, args.bits, args.data, rounding=args.rounding, feedback=feedback, **common)
+    teachers = [load_model(file, arch, trust_pickle=args.trust_pickle) for file, arch in further(args)]
+    with shown(args.quiet, console) as feedback:
+        qm = quantize(
+            model,
+            args.bits,
+            sized(args.data, args),
+            rounding=args.rounding,
+            teachers=teachers,
+            feedback=feedback,
+            **common,
+        )
     runs = _baselines(model, qm, args, common) if pictures is not None else {}
     with whole_folder(args.output, args.force) as folder:
         proof = None
@@ -165,7 +154,7 @@ def _pictures(args: argparse.Namespace) -> Pictures | None:
     if args.val is None:
         return None
     stated = normalization(args.mean, args.std, args.input_shape[0])
-    pictures = open_pictures(args.val, tuple(args.input_shape), *stated)
+    pictures = open_pictures(args.val, tuple(args.input_shape), *stated, Fit(args.resize, args.crop))
     pictures.read(torch.tensor([0]))
     check_labels(pictures)
     return pictures
@@ -193,7 +182,8 @@ def _baselines(
 ) -> dict[str, Any]:
     """What stands beside the result wherever accuracy is measured: float, and nearest rounding on the same images."""
     assert qm.images is not None
-    again = _Again(qm.images, plugins.load("calibrators", args.data.partition(":")[0]).synthetic, len(qm.images))
+    source = plugins.load("calibrators", qm.manifest.recipe["data"].partition(":")[0])
+    again = _Again(qm.images, source.synthetic, len(qm.images))
     nearest = quantize(model, args.bits, again, rounding="nearest", **common)
     name = qm.manifest.recipe["rounding"].partition(":")[0]
     runs = {"float": runner(model, _CPU), "nearest": runner(nearest.graph, _CPU)}
@@ -229,7 +219,7 @@ def _export(args: argparse.Namespace) -> int:
 def _eval(args: argparse.Namespace) -> int:
     qm = QuantizedModel.load(args.folder)
     stated = normalization(args.mean or qm.manifest.mean, args.std or qm.manifest.std, qm.manifest.input_shape[0])
-    pictures = open_pictures(args.val, qm.manifest.input_shape, *stated)
+    pictures = open_pictures(args.val, qm.manifest.input_shape, *stated, Fit(args.resize, args.crop))
     runs = {"simulation": runner(qm.graph, _CPU)}
     runs |= {f.name: onnx_runner(f) for f in sorted(args.folder.glob("*.onnx"))}
     accuracy = {name: top1(run, pictures) for name, run in runs.items()}
@@ -245,16 +235,34 @@ def _list(args: argparse.Namespace) -> int:
     kinds: tuple[tuple[plugins.Kind, str], ...] = (
         ("calibrators", "Data sources (--data)"), ("reconstructors", "Rounding (--rounding)"), ("exporters", "Targets (--target)"),
     )  # fmt: skip
-    sections = []
     for kind, title in kinds:
-        rows = []
-        for name in plugins.names(kind):
-            cls = plugins.load(kind, name)
-            options = ", ".join(f"{f}={d}" if d is not None else f for f, d in plugins.options(cls).items())
-            rows.append([name, (sys.modules[cls.__module__].__doc__ or "").splitlines()[0], options])
-        sections.append(Section(title, ["name", "what it is", "options"], rows))
-    print_sections(Console(), sections)
+        found = {name: plugins.load(kind, name) for name in plugins.names(kind)}
+        heads = ["needs", "cost", "paper"] if kind == "calibrators" else []
+        rows = [
+            [
+                name,
+                (sys.modules[cls.__module__].__doc__ or "").splitlines()[0],
+                *(_source_columns(cls) if heads else []),
+            ]
+            for name, cls in found.items()
+        ]
+        options = [
+            [name, ", ".join(f"{f}={d}" if d is not None else f for f, d in plugins.options(cls).items())]
+            for name, cls in found.items()
+        ]
+        sections = [
+            Section(title, ["name", "what it is", *heads], rows),
+            Section("Their options", ["name", "options"], options),
+        ]
+        print_sections(Console(), sections)
     return 0
+
+
+def _source_columns(cls: Any) -> list[str]:
+    """What a data source needs, what it costs at its paper's size (steps × images, for each batch), and the paper."""
+    defaults = plugins.options(cls)
+    cost = f"{defaults['steps']} × {defaults['batch_size']}" if "steps" in defaults else "none"
+    return [", ".join(cls.needs) or "nothing", "of its sources" if "sources" in defaults else cost, cls.paper]
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -265,4 +273,5 @@ def _demo(args: argparse.Namespace) -> int:
 
 _COMMANDS = {
     "quantize": _quantize, "inspect": _inspect, "export": _export, "eval": _eval, "list": _list, "demo": _demo,
+    "synthesize": run_synthesize, "similarity": run_similarity,
 }  # fmt: skip

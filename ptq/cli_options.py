@@ -22,6 +22,8 @@ def build_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
         ("quantize", _quantize_options, "a trained float network → a verified integer network"),
         ("inspect", _inspect_options, "print what would be quantized, and how, without doing it"),
         ("export", _export_options, "write a quantized network for a target, and verify the file"),
+        ("synthesize", _synthesize_options, "make calibration images from a network, and look at them"),
+        ("similarity", _similarity_options, "how much images look like the training data, to a network"),
         ("eval", _eval_options, "accuracy of a quantized network and of its ONNX file, side by side"),
         ("list", _list_options, "the data sources, rounding methods and targets there are"),
         ("demo", _demo_options, "train a small network on handwritten digits and quantize it"),
@@ -43,7 +45,7 @@ def _numbers(kind: type) -> Any:
     return parse
 
 
-def _model_options(p: argparse.ArgumentParser) -> None:
+def _network_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "model", type=Path, help="state dict (.pt, .pth, .safetensors), or a pickled module with --trust-pickle"
     )
@@ -56,6 +58,52 @@ def _model_options(p: argparse.ArgumentParser) -> None:
         "literal arguments may follow, file.py:Net(20)",
     )
     p.add_argument("--trust-pickle", action="store_true", help="unpickle a whole module; this runs code from the file")
+
+
+def _normalization_options(p: argparse.ArgumentParser, default: str = "") -> None:
+    p.add_argument(
+        "--mean", type=_numbers(float), metavar="M,M,M",
+        help="normalization of the inputs, (pixel/255 - mean)/std, per channel" + default,
+    )  # fmt: skip
+    p.add_argument("--std", type=_numbers(float), metavar="S,S,S", help="see --mean")
+    p.add_argument("--resize", type=int, metavar="PIXELS", help="pictures: shorter side; default: as the input needs")
+    p.add_argument("--crop", type=int, metavar="PIXELS", help="pictures: side of the square cut from their middle")
+
+
+def _image_options(p: argparse.ArgumentParser) -> None:
+    """Of all commands that make or read calibration images."""
+    p.add_argument(
+        "--effort",
+        choices=EFFORTS,
+        default="standard",
+        help="images and steps: quick (minutes), standard, full (the papers' numbers); default standard",
+    )
+    _normalization_options(p)
+    p.add_argument("--seed", type=int, help="of every random choice; default 0")
+    p.add_argument("--device", default="cpu", help="where the work is done: cpu, cuda, cuda:1; default cpu")
+    p.add_argument(
+        "--cache",
+        type=Path,
+        metavar="FOLDER",
+        help="keep finished batches of images there: a run goes on where it stopped",
+    )
+
+
+def _teacher_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--data",
+        help="calibration images: auto, genie, gaussian, images:PATH, see ptq list; options follow a colon, "
+        "genie:steps=500,count=256; default auto",
+    )
+    p.add_argument(
+        "--with", dest="with_models", action="append", type=Path, metavar="MODEL",
+        help="a further network that takes the same inputs: images are made to suit both; may be repeated",
+    )  # fmt: skip
+    p.add_argument("--with-arch", action="append", metavar="ARCH", help="what builds it; default: as --arch")
+
+
+def _model_options(p: argparse.ArgumentParser) -> None:
+    _network_options(p)
     p.add_argument(
         "--bits", help="w<weights>a<activations>, 2 to 8 bits each; w4 leaves activations float; default w8a8"
     )
@@ -70,27 +118,10 @@ def _model_options(p: argparse.ArgumentParser) -> None:
 def _quantize_options(p: argparse.ArgumentParser) -> None:
     _model_options(p)
     p.add_argument("-o", "--output", type=Path, required=True, help="folder to write; appears whole or not at all")
-    p.add_argument(
-        "--data",
-        help="calibration images: genie, gaussian, images:PATH; options follow a colon, genie:steps=500,count=256; default genie",
-    )
+    _teacher_options(p)
+    _image_options(p)
     p.add_argument("--rounding", help="genie_m or nearest, with options likewise; default genie_m")
     p.add_argument("--ranges", choices=sorted(ESTIMATORS), help="how scales are chosen; default lp")
-    p.add_argument(
-        "--effort",
-        choices=EFFORTS,
-        default="standard",
-        help="images and steps: quick (minutes), standard, full (the papers' numbers); default standard",
-    )
-    p.add_argument(
-        "--mean",
-        type=_numbers(float),
-        metavar="M,M,M",
-        help="normalization the inputs carry, (pixel/255 - mean)/std, per channel",
-    )
-    p.add_argument("--std", type=_numbers(float), metavar="S,S,S", help="see --mean")
-    p.add_argument("--seed", type=int, help="of every random choice; default 0")
-    p.add_argument("--device", default="cpu", help="where the work is done: cpu, cuda, cuda:1; default cpu")
     p.add_argument(
         "--target",
         default="onnx_qdq",
@@ -125,13 +156,31 @@ def _export_options(p: argparse.ArgumentParser) -> None:
 def _eval_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("folder", type=Path, help="what 'ptq quantize -o' wrote")
     p.add_argument("--val", type=Path, required=True, help="labelled pictures: folder or .npz (x, y)")
+    _normalization_options(p, "; default: as stated at quantize")
+    p.add_argument("--json", action="store_true", help="print the figures as JSON")
+
+
+def _synthesize_options(p: argparse.ArgumentParser) -> None:
+    _network_options(p)
+    p.add_argument("-o", "--output", type=Path, required=True, help="folder to write; appears whole or not at all")
+    p.add_argument("-n", "--count", type=int, metavar="IMAGES", help="how many; default: as the effort says")
+    _teacher_options(p)
+    _image_options(p)
+    p.add_argument("--force", action="store_true", help="overwrite an output folder of an earlier run")
+    p.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    p.add_argument("--json", action="store_true", help="print the closing figures as JSON on standard output")
+
+
+def _similarity_options(p: argparse.ArgumentParser) -> None:
+    _network_options(p)
     p.add_argument(
-        "--mean",
-        type=_numbers(float),
-        metavar="M,M,M",
-        help="normalization of the pictures; default: as stated at quantize",
+        "sets", nargs="+", metavar="IMAGES", help="a folder, an .npz or .npy, or a data source, genie:steps=500"
     )
-    p.add_argument("--std", type=_numbers(float), metavar="S,S,S", help="see --mean")
+    p.add_argument("--reference", metavar="IMAGES", help="a set whose figure counts as 1, such as training pictures")
+    p.add_argument("-n", "--count", type=int, metavar="IMAGES", help="of each set; default: all, or as the effort says")
+    p.add_argument("--layers", action="store_true", help="print the figure of every layer too")
+    _image_options(p)
+    p.add_argument("--quiet", action="store_true", help="show no progress")
     p.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 import torch
 from torch import Tensor, fx, nn
 
+from ptq.batch_cache import BatchCache
 from ptq.graph.plan import QuantPlan
 
 if TYPE_CHECKING:
@@ -30,12 +31,18 @@ def _silent_note(text: str) -> None:
     """Says nothing."""
 
 
+def _silent_loss(step: int, value: Tensor) -> None:
+    """Keeps nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Feedback:
-    """How long work speaks: `progress(stage, done, total)` on every step, `note(text)` for what the user should know."""
+    """How long work speaks: `progress(stage, done, total)` on every step, `note(text)` for what the user should know,
+    `loss(step, value)` the objective of a synthesis, steps counted over all batches."""
 
     progress: Callable[[str, int, int], None] = _silent_progress
     note: Callable[[str], None] = _silent_note
+    loss: Callable[[int, Tensor], None] = _silent_loss
 
 
 def make_rng(seed: int, label: str, device: torch.device | str = "cpu") -> torch.Generator:
@@ -50,7 +57,10 @@ class CalibrationContext:
 
     model: the teacher: eval, parameters frozen, BatchNorm intact. input_shape: (C, H, W).
     mean, std: [C] each, the normalization that inputs carry, `(pixel / 255 - mean) / std`; None where it was not stated.
-    count, batch_size: images wanted in all, and per batch. device: where batches are made. rng: a CPU generator.
+    count, batch_size: images wanted in all, and per batch. device: where batches are made.
+    rng: a CPU generator, for what is drawn once; a batch draws from its own, see `batch`.
+    others: more teachers, which take the same inputs: one set of images shall suit all. student: the network that is being
+    trained on the images, where there is one. cache: keeps finished batches.
     """
 
     model: fx.GraphModule
@@ -62,17 +72,46 @@ class CalibrationContext:
     device: torch.device
     rng: torch.Generator
     feedback: Feedback = field(default_factory=Feedback)
+    others: tuple[fx.GraphModule, ...] = ()
+    student: nn.Module | None = None
+    cache: BatchCache | None = None
 
     def sizes(self) -> list[int]:
         """Images per batch, adding up to `count`, as equal as can be: a lone image has no batch statistics."""
         batches = -(-self.count // self.batch_size)
         return [self.count // batches + (k < self.count % batches) for k in range(batches)]
 
+    def batch(
+        self, index: int, make: Callable[[torch.Generator], Tensor], state: Mapping[str, Any] | None = None
+    ) -> Tensor:
+        """The images that `make(rng)` gives for batch `index`, from the cache where they are there.
+
+        `rng` depends on the seed and the index alone, so that a run that goes on makes what it would have made at once.
+
+        Args:
+            state: name → what has `state_dict` and `load_state_dict` and is carried from one batch to the next: kept
+                with the batch and restored with it.
+        """
+        state = state or {}
+        if self.cache is not None and (found := self.cache.read(index)) is not None:
+            for name, part in state.items():
+                part.load_state_dict(found[1][name])
+            return found[0].to(self.device)
+        images = make(make_rng(self.rng.initial_seed(), f"batch {index}"))
+        if self.cache is not None:
+            self.cache.write(index, images.cpu(), {name: part.state_dict() for name, part in state.items()})
+        return images
+
 
 class Calibrator(Protocol):
-    """A source of calibration images."""
+    """A source of calibration images.
 
-    teacher_bn: ClassVar[Literal["running", "batch"]]  # statistics the teacher uses on these batches
+    needs: what the network must have, of "BatchNorm" and "classes" (an output [B, K]). paper: where the method is from.
+    """
+
+    needs: ClassVar[tuple[str, ...]]
+    paper: ClassVar[str]
+    teacher_bn: Literal["running", "batch"]  # statistics the teacher uses on these batches
     synthetic: ClassVar[bool]  # whether the images' extremes say nothing of those of real inputs
     presets: ClassVar[Presets]
     count: int

@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,7 +16,32 @@ from torch import Tensor
 
 from ptq.errors import CalibrationError
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How pictures come to the input's size: shorter side to `resize` pixels, then a square of `crop` cut from the middle.
+
+    What is left open follows from the input: as much of the picture as fits.
+
+    Raises:
+        CalibrationError: a size below 1, or a crop larger than what it is cut from.
+    """
+
+    resize: int | None = None
+    crop: int | None = None
+
+    def __post_init__(self) -> None:
+        if any(size is not None and size < 1 for size in (self.resize, self.crop)):
+            raise CalibrationError(f"resize {self.resize}, crop {self.crop} given; sizes are pixels, at least 1")
+        if self.resize is not None and self.crop is not None and self.crop > self.resize:
+            raise CalibrationError(
+                f"crop {self.crop} is larger than the picture's shorter side after resize {self.resize}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +53,7 @@ class Pictures:
     input_shape: tuple[int, int, int]
     mean: Tensor | None
     std: Tensor | None
+    fit: Fit = Fit()
 
     def __len__(self) -> int:
         return len(self.source)
@@ -34,7 +61,7 @@ class Pictures:
     def read(self, indices: Tensor) -> Tensor:
         """The pictures with these indices, in the network's input space."""
         if isinstance(self.source, list):
-            raw = np.stack([_decode(self.source[i], self.input_shape) for i in indices.tolist()])
+            raw = np.stack([_decode(self.source[i], self.input_shape, self.fit) for i in indices.tolist()])
         else:
             raw = self.source[indices.numpy()]
         return self._normalize(raw)
@@ -47,10 +74,10 @@ class Pictures:
         if raw.dtype != np.uint8:
             x = torch.from_numpy(np.ascontiguousarray(raw, dtype=np.float32))
         else:
-            channels_last = (
-                raw.ndim == 4 and raw.shape[-1] == self.input_shape[0] and raw.shape[1] != self.input_shape[0]
-            )
-            raw = raw.transpose(0, 3, 1, 2) if channels_last else raw
+            raw = _channels_last(raw, self.input_shape[0])
+            if self.fit != Fit():
+                raw = np.stack([_refit(pixels, self.input_shape, self.fit) for pixels in raw])
+            raw = raw.transpose(0, 3, 1, 2)
             if self.mean is None or self.std is None:
                 raise CalibrationError(
                     "these pictures are 8-bit pixels; state the normalization with --mean and --std (mean=, std=)"
@@ -69,7 +96,16 @@ class Pictures:
             yield self.read(part), None if self.labels is None else self.labels[part]
 
 
-def open_pictures(path: Path, input_shape: tuple[int, int, int], mean: Tensor | None, std: Tensor | None) -> Pictures:
+def _channels_last(raw: np.ndarray, channels: int) -> np.ndarray:
+    """Pixels as [N, H, W, C]; grey ones repeated where the network takes colours."""
+    last = raw.shape[-1] in (1, channels) and raw.shape[1] != channels
+    raw = raw if last else raw.transpose(0, 2, 3, 1)
+    return raw.repeat(channels, axis=3) if raw.shape[-1] == 1 else raw
+
+
+def open_pictures(
+    path: Path, input_shape: tuple[int, int, int], mean: Tensor | None, std: Tensor | None, fit: Fit | None = None
+) -> Pictures:
     """The pictures at `path`.
 
     A folder: image files below it; with sub-folders, each is a class (sorted); without, a leading number in the file
@@ -79,12 +115,12 @@ def open_pictures(path: Path, input_shape: tuple[int, int, int], mean: Tensor | 
     Raises:
         CalibrationError: nothing there, no pictures, or not such a file.
     """
-    path = Path(path)
+    path, fit = Path(path), fit or Fit()
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES)
         if not files:
             raise CalibrationError(f"no pictures in {path}; looked for {', '.join(sorted(_SUFFIXES))}")
-        return Pictures(files, _folder_labels(path, files), input_shape, mean, std)
+        return Pictures(files, _folder_labels(path, files), input_shape, mean, std, fit)
     if not path.is_file():
         raise CalibrationError(f"{path} is neither a folder nor a file")
     x, y = _read_array(path)
@@ -97,7 +133,7 @@ def open_pictures(path: Path, input_shape: tuple[int, int, int], mean: Tensor | 
     labels = None if y is None else torch.from_numpy(y.astype(np.int64))
     if labels is not None and labels.shape != (len(x),):
         raise CalibrationError(f"{path} holds {len(x)} pictures and labels of shape {tuple(labels.shape)}")
-    return Pictures(x, labels, input_shape, mean, std)
+    return Pictures(x, labels, input_shape, mean, std, fit)
 
 
 def _read_array(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
@@ -122,21 +158,50 @@ def _folder_labels(root: Path, files: list[Path]) -> Tensor | None:
     return torch.tensor([int(m.group()) for m in numbers if m]) if all(numbers) else None
 
 
-def _decode(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
+def _decode(path: Path, shape: tuple[int, int, int], fit: Fit) -> np.ndarray:
     """One picture as uint8 [H, W, C]."""
     from PIL import Image, UnidentifiedImageError  # slow to import, needed only here
 
-    channels, height, width = shape
     try:
         with Image.open(path) as opened:
-            picture = opened.convert("L" if channels == 1 else "RGB")
+            picture = opened.convert("L" if shape[0] == 1 else "RGB")
     except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as e:
         raise CalibrationError(f"{path} cannot be read as a picture: {e}") from e
-    if picture.size != (width, height):
-        scale = max(width / picture.width, height / picture.height)
-        size = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
-        picture = picture.resize(size, Image.Resampling.BILINEAR)
-        left, top = (size[0] - width) // 2, (size[1] - height) // 2
-        picture = picture.crop((left, top, left + width, top + height))
-    pixels = np.asarray(picture, dtype=np.uint8)
+    return _refit(np.asarray(picture, dtype=np.uint8), shape, fit)
+
+
+def _refit(pixels: np.ndarray, shape: tuple[int, int, int], fit: Fit) -> np.ndarray:
+    """A picture [H, W] or [H, W, C] at the input's size."""
+    from PIL import Image
+
+    _, height, width = shape
+    pixels = pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels
+    if pixels.shape[:2] != (height, width) or fit != Fit():
+        if pixels.ndim == 3 and pixels.shape[2] != 3:
+            raise CalibrationError(
+                f"pictures of {pixels.shape[2]} channels and another size than the input's cannot be resized"
+            )
+        picture = Image.fromarray(pixels)
+        if fit.resize is not None:
+            picture = _resized(picture, fit.resize / min(picture.size), (1, 1))
+        if fit.crop is not None:
+            if fit.crop > min(picture.size):
+                raise CalibrationError(
+                    f"crop {fit.crop} is larger than a picture of {picture.width} × {picture.height}"
+                )
+            picture = _middle(picture, (fit.crop, fit.crop))
+        if picture.size != (width, height):
+            picture = _resized(picture, max(width / picture.width, height / picture.height), (width, height))
+            picture = _middle(picture, (width, height))
+        pixels = np.asarray(picture, dtype=np.uint8)
     return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def _resized(picture: "Image.Image", scale: float, least: tuple[int, int]) -> "Image.Image":
+    size = (max(least[0], round(picture.width * scale)), max(least[1], round(picture.height * scale)))
+    return picture if size == picture.size else picture.resize(size, resample=2)  # 2: bilinear
+
+
+def _middle(picture: "Image.Image", size: tuple[int, int]) -> "Image.Image":
+    left, top = (picture.width - size[0]) // 2, (picture.height - size[1]) // 2
+    return picture.crop((left, top, left + size[0], top + size[1]))

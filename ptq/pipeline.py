@@ -1,8 +1,7 @@
 """`quantize`: the whole run, as ten lines; the only place where strings become objects."""
 
-import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,54 +10,29 @@ from torch import Tensor, fx, nn
 
 from ptq import plugins
 from ptq.artifact import Manifest, QuantizedModel, value_ranges, versions
-from ptq.contracts import EFFORTS, CalibrationContext, Calibrator, Exporter, Feedback, Reconstructor, make_rng
-from ptq.errors import CalibrationError, ExportError, ModelError, SpecError
+from ptq.contracts import Exporter, Feedback, Reconstructor, make_rng
+from ptq.errors import ExportError, ModelError
 from ptq.evaluate import agreement, outputs, runner, sqnr_db
+from ptq.graph.batch_statistics import use_batch_statistics
 from ptq.graph.fold_bn import fold_batch_norm, fold_error, unfolded
 from ptq.graph.insert import insert_fake_quant
 from ptq.graph.observe import input_params, observe, weight_params
 from ptq.graph.ops import input_node
 from ptq.graph.plan import QuantPlan, make_plan
-from ptq.graph.trace import trace
 from ptq.quant.affine import QParams
-from ptq.quant.ranges import estimator
+from ptq.quant.ranges import Estimator, estimator
 from ptq.reconstruct._loop import reconstruct_blocks
+from ptq.run import Run, floats, start_run, valid_range
+from ptq.sources import Data, build_source, gather, settle_source, trace_all
 from ptq.spec import BitConfig, PlanRules
 
-Data = str | Calibrator | Tensor | Iterable[Tensor]
 _FOLD_TOLERANCE = 1e-5  # relative; folding in float64 costs one rounding of each weight
-
-
-@dataclass
-class _Run:
-    """What the steps of one run share."""
-
-    shape: tuple[int, int, int]
-    device: torch.device
-    seed: int
-    mean: Tensor | None
-    std: Tensor | None
-    feedback: Feedback
-    notes: list[str] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def note(self, text: str) -> None:
-        """Tells the user, and the manifest."""
-        self.notes.append(text)
-        self.feedback.note(text)
-
-    def timed(self, stage: str, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The result of `work(...)`, its seconds added to the manifest."""
-        start = time.perf_counter()
-        result = work(*args, **kwargs)
-        self.seconds[stage] = round(time.perf_counter() - start, 3)
-        return result
 
 
 def quantize(
     model: nn.Module,
     bits: str | BitConfig = "w8a8",
-    data: Data = "genie",
+    data: Data = "auto",
     *,
     input_shape: tuple[int, int, int],
     rounding: str | Reconstructor = "genie_m",
@@ -67,10 +41,12 @@ def quantize(
     adds: int = 8,
     effort: str = "standard",
     target: str | Exporter | None = None,
+    teachers: Sequence[nn.Module] = (),
     mean: Iterable[float] | None = None,
     std: Iterable[float] | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
+    cache: str | Path | None = None,
     source: str = "python",
     feedback: Feedback | None = None,
 ) -> QuantizedModel:
@@ -79,17 +55,20 @@ def quantize(
     Args:
         model: a network with one tensor in, `[B, C, H, W]`, and one out.
         bits: "w4a4": 4-bit weights, 4-bit activations; "w4": weights only; 2 to 8 each.
-        data: calibration images: a source by name with options, "genie:steps=500,count=256", "gaussian", "images:PATH"; a
-            calibrator object; a tensor `[N, C, H, W]` or an iterable of such, in the network's input space.
+        data: calibration images: a source by name with options, "genie:steps=500,count=256", "gaussian", "images:PATH";
+            "auto", the best that the network supports; a calibrator object; a tensor `[N, C, H, W]`, a Dataset, a
+            DataLoader or an iterable of images or batches, in the network's input space (of pairs, the first counts).
         input_shape: (C, H, W).
         rounding: "genie_m", "nearest", with options as above, or a reconstructor object.
-        ranges: how scales are chosen: "lp" or "minmax".
+        ranges: how scales are chosen: "lp", "minmax" or "smoothed".
         edges, adds: where which width goes, see `ptq.spec.PlanRules`.
         effort: "quick", "standard" or "full" (the papers' numbers): defaults for what `data` and `rounding` leave open.
         target: an exporter to check the plan against before any work is spent, such as "onnx_qdq".
+        teachers: further trained networks that take the same inputs; synthetic images are then made to suit all.
         mean, std: the normalization that inputs carry, per channel, `(pixel / 255 - mean) / std`; where known, the input's
             grid covers exactly the valid pixels.
         seed: of every random choice. device: where the work is done. source: what the manifest calls the network.
+        cache: folder that keeps finished batches of images; a run that was interrupted goes on from there.
         feedback: where progress and notes go.
 
     Returns:
@@ -101,133 +80,53 @@ def quantize(
     """
     bits = BitConfig.parse(bits) if isinstance(bits, str) else bits
     rules, estimate = PlanRules(edges, adds), estimator(ranges)
-    source_of_images, method, exporter = _plugins(data, rounding, target, effort)
-    run = _Run(
-        _shape(input_shape), _device(device), seed,
-        *normalization(mean, std, input_shape[0]), feedback or Feedback(),
-    )  # fmt: skip
-    teacher, folded = run.timed("trace", _prepare, model, run)
-    plan = make_plan(folded, bits, rules)
+    images_from, (method, exporter) = build_source(data, effort), _plugins(rounding, target, effort)
+    run = start_run(input_shape, device, seed, mean, std, feedback, cache)
+    networks, folded = run.timed("trace", _prepare, model, teachers, run)
+    teacher, plan = networks[0], make_plan(folded, bits, rules)
     if exporter is not None:
         exporter.check(folded, plan)
-    images = run.timed("calibration images", _images, source_of_images, teacher, run)
+    images_from = settle_source(images_from, teacher, run, effort)
+    images = run.timed("calibration images", gather, images_from, networks, run)
     metrics: dict[str, Any] = {"fold_error": _check_fold(teacher, folded, images, run)}
-    ends = _input_ends(images, getattr(source_of_images, "synthetic", False), run)
-    acts = run.timed("ranges", _ranges, teacher, plan, images, estimate, ends, run)
+    acts = run.timed("ranges", _ranges, teacher, plan, images, estimate, images_from, run)
     student = insert_fake_quant(folded, plan, acts, weight_params(folded, plan, estimate, acts)).to(run.device)
+    method = _suited(method, images_from, run)
     graph, blocks = run.timed(
         "reconstruction", reconstruct_blocks, teacher, student, images, method,
         seed=seed, device=run.device, feedback=run.feedback,
     )  # fmt: skip
     metrics |= run.timed("comparison", _compare, teacher, student, graph, images, run)
     recipe = {
-        "bits": str(bits), "data": _describe(source_of_images), "rounding": plugins.describe(method), "ranges": ranges,
-        "edges": edges, "adds": adds, "seed": seed, "device": str(device),
+        "bits": str(bits), "data": _describe(images_from), "rounding": plugins.describe(method), "ranges": ranges,
+        "edges": edges, "adds": adds, "seed": seed, "device": str(device), "further_teachers": len(teachers),
     }  # fmt: skip
     manifest = Manifest(
-        source, run.shape, _floats(run.mean), _floats(run.std), str(bits), recipe, versions(), value_ranges(graph),
+        source, run.shape, floats(run.mean), floats(run.std), str(bits), recipe, versions(), value_ranges(graph),
         [{**asdict(b), "layers": list(b.layers)} for b in blocks], metrics, run.seconds, run.notes,
     )  # fmt: skip
     return QuantizedModel(graph.to("cpu"), plan, manifest, images)
 
 
 def _plugins(
-    data: Data, rounding: str | Reconstructor, target: str | Exporter | None, effort: str
-) -> tuple[Any, Reconstructor, Exporter | None]:
-    if effort not in EFFORTS:
-        raise SpecError(f"unknown effort {effort!r}; known: {', '.join(EFFORTS)}")
-    calibrator = plugins.build("calibrators", data, effort) if isinstance(data, str) else data
+    rounding: str | Reconstructor, target: str | Exporter | None, effort: str
+) -> tuple[Reconstructor, Exporter | None]:
     method = plugins.build("reconstructors", rounding, effort) if isinstance(rounding, str) else rounding
-    exporter = plugins.build("exporters", target) if isinstance(target, str) else target
-    return calibrator, method, exporter
+    return method, plugins.build("exporters", target) if isinstance(target, str) else target
 
 
-def _shape(shape: Iterable[int]) -> tuple[int, int, int]:
-    shape = tuple(shape)
-    if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
-        raise SpecError(f"input shape {shape} given; it is (channels, height, width), as in (3, 224, 224)")
-    return shape
-
-
-def _device(device: str | torch.device) -> torch.device:
-    try:
-        found = torch.device(device)
-        torch.zeros((), device=found)
-    except (RuntimeError, AssertionError) as e:
-        raise SpecError(f"device {str(device)!r} is not there: {str(e).splitlines()[0]}") from e
-    return found
-
-
-def normalization(
-    mean: Iterable[float] | None, std: Iterable[float] | None, channels: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """`mean` and `std` as tensors [C], one number standing for every channel; None where neither is given.
-
-    Raises:
-        SpecError: only one is given, their lengths do not fit, or a deviation is not above 0.
-    """
-    if mean is None and std is None:
-        return None, None
-    if mean is None or std is None:
-        raise SpecError("mean and std belong together; give both or neither")
-    both = [torch.tensor(list(v), dtype=torch.float32) for v in (mean, std)]
-    both = [v.repeat(channels) if len(v) == 1 else v for v in both]
-    if any(len(v) != channels for v in both) or not bool((both[1] > 0).all()):
-        raise SpecError(
-            f"mean and std have one number per channel ({channels}), std above 0; got {_floats(both[0])} and {_floats(both[1])}"
-        )
-    return both[0], both[1]
-
-
-def _floats(v: Tensor | None) -> tuple[float, ...] | None:
-    return None if v is None else tuple(v.tolist())
-
-
-def _prepare(model: nn.Module, run: _Run) -> tuple[fx.GraphModule, fx.GraphModule]:
-    teacher = trace(model, run.shape).to(run.device)
-    folded = fold_batch_norm(teacher)
+def _prepare(
+    model: nn.Module, teachers: Sequence[nn.Module], run: Run
+) -> tuple[tuple[fx.GraphModule, ...], fx.GraphModule]:
+    networks = trace_all(model, teachers, run)
+    folded = fold_batch_norm(networks[0])
     left = unfolded(folded)
     if left:
         run.note(f"{len(left)} BatchNorm without a layer before it stay float: {', '.join(left[:5])}")
-    return teacher, folded
+    return networks, folded
 
 
-def _images(source: Any, teacher: fx.GraphModule, run: _Run) -> Tensor:
-    """All calibration images `[N, C, H, W]` in host memory, checked."""
-    if isinstance(source, str) or not hasattr(source, "batches"):
-        batches: Iterator[Tensor] = iter([source] if isinstance(source, Tensor) else source)
-        limit = None
-    else:
-        ctx = CalibrationContext(
-            teacher, run.shape, run.mean, run.std, source.count, source.batch_size, run.device,
-            make_rng(run.seed, "calibration"), Feedback(run.feedback.progress, run.note),
-        )  # fmt: skip
-        batches, limit = source.batches(ctx), source.count
-    kept = [_checked(batch, run.shape) for batch in batches]
-    if not kept or not sum(len(b) for b in kept):
-        raise CalibrationError("the data source gave no images")
-    images = torch.cat(kept)[:limit]
-    if run.mean is None or run.std is None:
-        return images
-    low, high = _valid_range(run.mean, run.std)
-    return torch.minimum(torch.maximum(images, low), high)
-
-
-def _checked(batch: Any, shape: tuple[int, int, int]) -> Tensor:
-    if not isinstance(batch, Tensor) or batch.dtype != torch.float32 or tuple(batch.shape[1:]) != shape:
-        found = f"{batch.dtype} {tuple(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
-        raise CalibrationError(f"the data source gave {found}; batches are float32 [B, {', '.join(map(str, shape))}]")
-    if not bool(torch.isfinite(batch).all()):
-        raise CalibrationError("the data source gave values that are not finite")
-    return batch.detach().cpu()
-
-
-def _valid_range(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-    """Least and greatest input per channel, [1, C, 1, 1] each: those of a black and a white pixel."""
-    return ((0 - mean) / std).view(1, -1, 1, 1), ((1 - mean) / std).view(1, -1, 1, 1)
-
-
-def _check_fold(teacher: fx.GraphModule, folded: fx.GraphModule, images: Tensor, run: _Run) -> float:
+def _check_fold(teacher: fx.GraphModule, folded: fx.GraphModule, images: Tensor, run: Run) -> float:
     error = fold_error(teacher, folded, images[:16].to(run.device))
     if not error < _FOLD_TOLERANCE:
         run.note(
@@ -236,14 +135,14 @@ def _check_fold(teacher: fx.GraphModule, folded: fx.GraphModule, images: Tensor,
     return error
 
 
-def _input_ends(images: Tensor, synthetic: bool, run: _Run) -> tuple[float, float] | None:
+def _input_ends(images: Tensor, synthetic: bool, run: Run) -> tuple[float, float] | None:
     """Least and greatest value the network's input can take; None where the images themselves say.
 
     The valid pixels where the normalization is stated. Else, for synthetic images, three deviations around the mean:
     statistics are what such images share with real ones, not extremes, and an input cut off costs more than a coarser step.
     """
     if run.mean is not None and run.std is not None:
-        low, high = _valid_range(run.mean, run.std)
+        low, high = valid_range(run.mean, run.std)
         return float(low.min()), float(high.max())
     if not synthetic:
         return None
@@ -254,19 +153,30 @@ def _input_ends(images: Tensor, synthetic: bool, run: _Run) -> tuple[float, floa
 
 
 def _ranges(
-    teacher: fx.GraphModule, plan: QuantPlan, images: Tensor, estimate: Any, ends: tuple[float, float] | None, run: _Run
+    teacher: fx.GraphModule, plan: QuantPlan, images: Tensor, estimate: Estimator, images_from: Any, run: Run
 ) -> dict[str, QParams]:
     if not plan.values:
         return {}
-    rng = make_rng(run.seed, "ranges")
-    acts = observe(teacher, plan, images.split(64), estimate, rng=rng, device=run.device)
+    rng, size = make_rng(run.seed, "ranges"), 64
+    if getattr(images_from, "teacher_bn", "running") == "batch":
+        teacher, size = use_batch_statistics(teacher), max(images_from.batch_size, 2)
+    acts = observe(teacher, plan, images.split(size), estimate, rng=rng, device=run.device)
+    ends = _input_ends(images, getattr(images_from, "synthetic", False), run)
     if ends is not None:
         acts |= input_params(*ends, plan, input_node(teacher).meta["value"])
     return {name: q.to(run.device) for name, q in acts.items()}
 
 
+def _suited(method: Reconstructor, images_from: Any, run: Run) -> Reconstructor:
+    """The rounding method, or nearest where the images do not suit the network's own statistics."""
+    if getattr(images_from, "teacher_bn", "running") == "running" or not method.steps:
+        return method
+    run.note("images for BatchNorms on batch statistics give ranges only; rounding is to nearest")
+    return plugins.build("reconstructors", "nearest")
+
+
 def _compare(
-    teacher: fx.GraphModule, student: fx.GraphModule, graph: fx.GraphModule, images: Tensor, run: _Run
+    teacher: fx.GraphModule, student: fx.GraphModule, graph: fx.GraphModule, images: Tensor, run: Run
 ) -> dict[str, Any]:
     """Float against nearest rounding and against the result, on the calibration images: figures without any label."""
     batches = images[:1024].split(128)

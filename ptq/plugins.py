@@ -6,6 +6,7 @@ distributions add theirs through the entry-point groups `ptq.calibrators`, `ptq.
 
 import difflib
 import importlib
+import math
 import pkgutil
 import re
 import types
@@ -62,11 +63,10 @@ def build(kind: Kind, text: str, effort: str = "full") -> Any:
     name, _, rest = text.partition(":")
     cls = load(kind, name.strip())
     options = dict(cls.presets.get(effort, {}))
-    for item in filter(None, (part.strip() for part in re.split(r",(?=\s*\w+\s*=)", rest))):
-        key, equals, raw = item.partition("=")
-        if not equals:
-            key, raw = getattr(cls, "positional", ""), item
-        options[key] = _parse(cls, name, key, raw)
+    for item in filter(None, (part.strip() for part in _split(rest, r",(?=\s*\w+\s*=)"))):
+        match = re.match(r"(\w+)\s*=", item)
+        key, raw = (match[1], item[match.end() :]) if match else (getattr(cls, "positional", ""), item)
+        options[key] = _parse(cls, name, key, raw.strip(), effort)
     for key, least in (("count", 1), ("batch_size", 1), ("steps", 1 if kind == "calibrators" else 0)):
         if options.get(key, least) < least:
             raise PluginError(f"option {key}={options[key]} of {name}: at least {least} is needed")
@@ -76,13 +76,24 @@ def build(kind: Kind, text: str, effort: str = "full") -> Any:
         raise PluginError(f"{name} needs {_missing(cls, options)}, as in '{name}:PATH'") from e
 
 
+def _split(text: str, separator: str) -> list[str]:
+    """`text` cut where the pattern matches outside of parentheses."""
+    parts, start, depth = [], 0, 0
+    for at, char in enumerate(text):
+        depth += (char == "(") - (char == ")")
+        if depth == 0 and (match := re.compile(separator).match(text, at)):
+            parts.append(text[start:at])
+            start = match.end()
+    return [*parts, text[start:]]
+
+
 def _missing(cls: type, options: dict[str, Any]) -> str:
     hints = {f.name: f for f in fields(cls)}
     required = [n for n, f in hints.items() if n not in options and f.default is MISSING]
     return " and ".join(repr(n) for n in required) or "other options"
 
 
-def _parse(cls: type, name: str, key: str, raw: str) -> Any:
+def _parse(cls: type, name: str, key: str, raw: str, effort: str) -> Any:
     hints = typing.get_type_hints(cls)
     allowed = [f.name for f in fields(cls)]
     if key not in allowed:
@@ -92,22 +103,43 @@ def _parse(cls: type, name: str, key: str, raw: str) -> Any:
     kind = hints[key]
     if isinstance(kind, types.UnionType):
         kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    if typing.get_origin(kind) is tuple:
+        return tuple(build("calibrators", _outside(part), effort) for part in _split(raw, r"\+"))
+    if typing.get_origin(kind) is Literal:
+        if raw not in typing.get_args(kind):
+            raise PluginError(f"option {key}={raw!r} of {name}: one of {', '.join(typing.get_args(kind))} is needed")
+        return raw
     try:
         if kind is bool:
             return {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}[raw.lower()]
-        return Path(raw) if kind is Path else kind(raw)
+        return Path(raw) if kind is Path else _finite(kind(raw))
     except (ValueError, KeyError) as e:
         raise PluginError(f"option {key}={raw!r} of {name} is not a valid {kind.__name__}") from e
+
+
+def _finite(v: Any) -> Any:
+    if isinstance(v, float) and not math.isfinite(v):
+        raise ValueError("not finite")
+    return v
+
+
+def _outside(text: str) -> str:
+    """ "genie(steps=5)" as "genie:steps=5"."""
+    match = re.fullmatch(r"\s*(\w+)\s*\((.*)\)\s*", text)
+    return f"{match[1]}:{match[2]}" if match else text.strip()
 
 
 def describe(plugin: Any) -> str:
     """The text that builds an equal options object again."""
     name = type(plugin).__module__.rpartition(".")[2]
-    options = ",".join(f"{f.name}={_text(getattr(plugin, f.name))}" for f in fields(plugin))
+    given = {f.name: getattr(plugin, f.name) for f in fields(plugin)}
+    options = ",".join(f"{key}={_text(v)}" for key, v in given.items() if v is not None)
     return f"{name}:{options}" if options else name
 
 
 def _text(v: Any) -> str:
+    if isinstance(v, tuple):
+        return "+".join("{}({})".format(*describe(part).split(":", 1)) for part in v)
     return str(v).lower() if isinstance(v, bool) else str(v)
 
 

@@ -25,7 +25,8 @@ def _smallest(kind: str, name: str) -> str:
     """Text that builds the plug-in with as few options as it takes."""
     cls = plugins.load(kind, name)
     required = [f.name for f in fields(cls) if f.default is MISSING]
-    return f"{name}:{','.join(f'{r}=some/where' for r in required)}"
+    values = {"sources": "gaussian(count=7)+images(some/where)"}
+    return f"{name}:" + ",".join(f"{r}={values.get(r, 'some/where')}" for r in required)
 
 
 def test_kinds():

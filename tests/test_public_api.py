@@ -12,7 +12,8 @@ from ptq.artifact import QuantizedModel
 
 PUBLIC = [
     "ArtifactError", "BitConfig", "CalibrationError", "ExportError", "ModelError", "PluginError", "PtqError",
-    "QuantizedModel", "ReconstructionError", "SpecError", "export", "load", "quantize",
+    "QuantizedModel", "ReconstructionError", "Similarity", "SpecError", "Synthesis", "data_similarity", "export", "load",
+    "quantize", "synthesize",
 ]  # fmt: skip
 
 

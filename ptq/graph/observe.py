@@ -23,11 +23,13 @@ class _Observer(fx.Interpreter):
         super().__init__(gm)
         self.wanted, self.per_batch, self.rng = wanted, per_batch, rng
         self.samples: dict[str, list[Tensor]] = {name: [] for name in wanted}
+        self.ends: dict[str, list[Tensor]] = {name: [] for name in wanted}
 
     def run_node(self, n: fx.Node):
         result = super().run_node(n)
         if (name := n.meta.get("value")) in self.wanted:
             self.samples[name].append(self._sample(result.detach()))
+            self.ends[name].append(torch.stack(torch.aminmax(result.detach().flatten(1), dim=1), 1))
         return result
 
     def _sample(self, x: Tensor) -> Tensor:
@@ -63,10 +65,13 @@ def observe(
     for name in plan.values:
         if name in wanted:
             members.setdefault(plan.group(name), []).append(name)
-    return {
-        group: estimator(torch.cat([s for name in names for s in observer.samples[name]]), plan.values[names[0]])
-        for group, names in members.items()
-    }
+    found = {}
+    for group, names in members.items():
+        samples = torch.cat([s for name in names for s in observer.samples[name]])
+        ends = torch.stack([torch.cat(observer.ends[name]) for name in names])  # [values, images, 2]
+        ends = torch.stack([ends[..., 0].amin(0), ends[..., 1].amax(0)], 1)
+        found[group] = estimator(samples, plan.values[names[0]], ends)
+    return found
 
 
 def weight_params(
@@ -84,7 +89,7 @@ def weight_params(
     for node in weighted_nodes(gm):
         path = str(node.target)
         layer = gm.get_submodule(path)
-        q = estimator(layer.weight.detach(), plan.weights[path])  # type: ignore[operator, union-attr]
+        q = estimator(layer.weight.detach(), plan.weights[path], None)  # type: ignore[operator, union-attr]
         source = node.all_input_nodes[0].meta["value"]
         if layer.bias is not None and source in plan.values:
             least = layer.bias.detach().abs() / (_LARGEST_BIAS * acts[plan.group(source)].scale)  # type: ignore[operator]

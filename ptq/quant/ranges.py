@@ -1,6 +1,7 @@
 """How scales are chosen: functions (tensor or samples, spec) → `QParams`.
 
-An estimator is a plain function `f(x, spec) -> QParams`; `ESTIMATORS` names them for the command line.
+An estimator is a plain function `f(x, spec, ends) -> QParams`; `ESTIMATORS` names them for the command line. `ends` [N, 2]:
+least and greatest value of each image, where `x` are activations; None for weights.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,8 @@ from ptq.errors import SpecError
 from ptq.quant.affine import QParams, fake_quantize
 from ptq.spec import QuantSpec
 
-Estimator = Callable[[Tensor, QuantSpec], QParams]
+Estimator = Callable[[Tensor, QuantSpec, Tensor | None], QParams]
+_CHUNK = 16  # images, of the smoothed range
 
 # A channel whose largest weight is below this share of the layer's largest is dead: rounding noise of training, which
 # must not be blown up to the full integer range. (Trained ImageNet MobileNets hold filters of 1e-15.)
@@ -56,13 +58,26 @@ def _finish(scale: Tensor, zero: Tensor, reach: Tensor, spec: QuantSpec) -> QPar
     return QParams(scale if spec.axis is not None else scale[0], zero if spec.axis is not None else zero[0], spec)
 
 
-def minmax(x: Tensor, spec: QuantSpec) -> QParams:
+def minmax(x: Tensor, spec: QuantSpec, ends: Tensor | None = None) -> QParams:
     """The whole range of `x`: the grid's ends are its minimum and maximum."""
     low, high = _bounds(_per_channel(x, spec))
     return _finish(*_grid(low, high, spec), torch.maximum(high, -low), spec)
 
 
-def lp(x: Tensor, spec: QuantSpec, p: float = 2.4, candidates: int = 100) -> QParams:
+def smoothed(x: Tensor, spec: QuantSpec, ends: Tensor | None = None) -> QParams:
+    """The mean, over chunks of 16 images, of each chunk's minimum and maximum; for weights, the whole range.
+
+    Ref: Haroush et al., The Knowledge Within, CVPR 2020, §4.2: smoothed-absolute ranges.
+    """
+    if ends is None:
+        return minmax(x, spec)
+    chunks = ends.split(_CHUNK)
+    low = torch.stack([chunk[:, 0].min() for chunk in chunks]).mean()
+    high = torch.stack([chunk[:, 1].max() for chunk in chunks]).mean()
+    return minmax(torch.stack([low, high]), spec)
+
+
+def lp(x: Tensor, spec: QuantSpec, ends: Tensor | None = None, *, p: float = 2.4, candidates: int = 100) -> QParams:
     """The clip ratio with the smallest L_p rounding error.
 
         ratio* = argmin over 1.00, 0.99, … 0.01 of mean |x - fq(x; ratio · range)|^p,   per channel
@@ -86,7 +101,7 @@ def lp(x: Tensor, spec: QuantSpec, p: float = 2.4, candidates: int = 100) -> QPa
     return _finish(best_scale, best_zero, torch.maximum(high, -low), spec)
 
 
-ESTIMATORS: dict[str, Estimator] = {"lp": lp, "minmax": minmax}
+ESTIMATORS: dict[str, Estimator] = {"lp": lp, "minmax": minmax, "smoothed": smoothed}
 
 
 def estimator(name: str) -> Estimator:

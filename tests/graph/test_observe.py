@@ -24,7 +24,7 @@ class Noting:
     def __init__(self) -> None:
         self.shown: list[tuple[Tensor, QuantSpec]] = []
 
-    def __call__(self, x: Tensor, spec: QuantSpec) -> QParams:
+    def __call__(self, x: Tensor, spec: QuantSpec, ends: Tensor | None) -> QParams:
         self.shown.append((x, spec))
         return minmax(x, spec)
 

@@ -1,0 +1,58 @@
+"""Differentiable augmentations, drawn per image."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def duplicates(x: Tensor, n: int, rng: torch.Generator) -> Tensor:
+    """`n` copies `[n·B, C, H, W]` of `[B, C, H, W]`, each under a random flip, crop-resize and cutout.
+
+    Every pixel then gets the mean gradient of n views. For n = 1, the images as they are.
+
+    Ref: Haroush et al., The Knowledge Within, CVPR 2020, §4.1, in-batch augmentations.
+    """
+    return x if n == 1 else cutout(flip_and_crop(x.repeat(n, 1, 1, 1), rng), rng)
+
+
+def flip_and_crop(x: Tensor, rng: torch.Generator, least: float = 0.75) -> Tensor:
+    """Half of the images mirrored; of each, a window of `least`…1 of its sides, resized to the whole."""
+    count = len(x)
+    side = least + (1 - least) * torch.rand(count, generator=rng)
+    shift = (1 - side[:, None]) * (2 * torch.rand(count, 2, generator=rng) - 1)
+    mirror = 1.0 - 2.0 * (torch.rand(count, generator=rng) < 0.5)
+    theta = torch.zeros(count, 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = side * mirror, side, shift
+    grid = F.affine_grid(theta.to(x.device), list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
+
+
+def cutout(x: Tensor, rng: torch.Generator, most: float = 0.25) -> Tensor:
+    """Half of the images with a rectangle of up to `most` of their sides set to 0."""
+    count, _, height, width = x.shape
+    masks = []
+    for size in (height, width):
+        length = torch.rand(count, 1, generator=rng) * most * size * (torch.rand(count, 1, generator=rng) < 0.5)
+        start = torch.rand(count, 1, generator=rng) * (size - length)
+        at = torch.arange(size).view(1, -1)
+        masks.append((at >= start.floor()) & (at < start.floor() + length.round()))
+    hole = masks[0][:, :, None] & masks[1][:, None, :]
+    return x * (~hole).unsqueeze(1).to(x.device)
+
+
+def shift_and_flip(x: Tensor, rng: torch.Generator, pad: int) -> Tensor:
+    """Each image moved by up to `pad` pixels over a border of zeros, half of them mirrored."""
+    count, _, height, width = x.shape
+    offset = torch.randint(2 * pad + 1, (2, count, 1), generator=rng)
+    mirrored = torch.rand(count, 1, generator=rng) < 0.5
+    rows = offset[0] + torch.arange(height)
+    columns = offset[1] + torch.where(mirrored, torch.arange(width).flip(0), torch.arange(width))
+    return _window(F.pad(x, (pad, pad, pad, pad)), rows, columns)
+
+
+def _window(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """`x[b, :, rows[b]][:, columns[b]]` for every image b; rows [B, h], columns [B, w]."""
+    count, channels, _, width = x.shape
+    rows, columns = rows.to(x.device), columns.to(x.device)
+    x = x.gather(2, rows[:, None, :, None].expand(count, channels, rows.shape[1], width))
+    return x.gather(3, columns[:, None, None, :].expand(count, channels, rows.shape[1], columns.shape[1]))

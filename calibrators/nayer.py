@@ -1,0 +1,176 @@
+"""NAYER: a generator fed by label embeddings through a noisy layer, which is drawn anew each round.
+
+    x = G(Z(e_y)),   Z = Linear(BatchNorm(e_y)) drawn from N(0, 0.02²)
+    min over G, Z of   α_cls CE(T(x), y) + α_bn Σ_l (‖m_l - μ_l‖ + ‖s_l² - σ_l²‖) - α_adv KL(S(x) ‖ T(x))
+
+Ref: Tran et al., NAYER: Noisy Layer Data Generation, CVPR 2024, §3, algorithm 1, eq. 5, tables 6-8.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import ClassVar, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from ptq.calibrators._augment import shift_and_flip
+from ptq.calibrators._classifier import balanced_labels, classes
+from ptq.calibrators._generators import ConvGenerator, seeded
+from ptq.calibrators._input_space import Space, pixel_space
+from ptq.calibrators._label_embeddings import label_embeddings
+from ptq.calibrators._losses import variance_loss
+from ptq.calibrators._progress import StepCount
+from ptq.calibrators._teachers import Teachers, teachers
+from torch import Tensor, nn
+
+from ptq.contracts import CalibrationContext, Presets, make_rng
+from ptq.errors import CalibrationError
+from ptq.graph.taps import Taps, tap_batch_norms
+
+__all__ = ["Nayer"]
+
+
+@dataclass(frozen=True)
+class Nayer:
+    """One round a batch; the round's images of least loss are the batch.
+
+    count: images. batch_size: images a round. steps: generator steps a round, g. lr: Adam's rate. latent: size of the noisy
+    layer's output. a_cls, a_bn, a_adv: weights of the three terms; the last counts where a student is being trained, and
+    only images on which it agrees with the teacher. reset: rounds a generator lives. warmup: rounds of each generator that
+    give no images. pad: border of the random crop before the networks, in pixels.
+    input: "labels", or for comparison "one_hot" (the same through one-hot labels) and "noise" (N(0, 1) straight into the
+    generator). noisy: "shared", one noisy layer for all classes (K-to-1), or "each", one per image (1-to-1).
+    embeddings: .npz or .npy with label embeddings [classes, D]; names: text file of class names, encoded by `encoder`
+    (extra `text`); default: the rows of the teacher's classifier.
+    """
+
+    count: int = 1024
+    batch_size: int = 400
+    steps: int = 30
+    lr: float = 4e-3
+    latent: int = 1000
+    a_cls: float = 0.5
+    a_bn: float = 10.0
+    a_adv: float = 1.33
+    reset: int = 10
+    warmup: int = 0
+    pad: int = 4
+    input: Literal["labels", "one_hot", "noise"] = "labels"
+    noisy: Literal["shared", "each"] = "shared"
+    embeddings: Path | None = None
+    names: Path | None = None
+    encoder: str = "all-MiniLM-L6-v2"
+
+    needs: ClassVar[tuple[str, ...]] = ("classes",)
+    paper: ClassVar[str] = "Tran et al., NAYER, CVPR 2024"
+    teacher_bn: ClassVar[Literal["running", "batch"]] = "running"
+    synthetic: ClassVar[bool] = True
+    presets: ClassVar[Presets] = {
+        "quick": {"count": 256, "batch_size": 128, "warmup": 4},
+        "standard": {"count": 512, "batch_size": 128, "steps": 60, "warmup": 6},
+    }
+
+    def batches(self, ctx: CalibrationContext) -> Iterator[Tensor]:
+        """Batches [B, C, H, W]; see `ptq.contracts.Calibrator`."""
+        if self.warmup >= self.reset:
+            raise CalibrationError(f"warmup={self.warmup} leaves no round of reset={self.reset}; make it smaller")
+        run = _Run(self, ctx)
+        for k, size in enumerate(ctx.sizes()):
+            make = partial(run.rounds, k, max(size, 2))
+            yield ctx.batch(k, make, {"generator": run.generator})[:size]
+            run.count.batch(k)
+
+    @staticmethod
+    def labels(ctx: CalibrationContext, index: int, size: int) -> Tensor:
+        """The classes [size] that the images of batch `index` were made for, each as often as any other."""
+        return balanced_labels(size, classes(ctx.model), make_rng(ctx.rng.initial_seed(), f"labels {index}"))
+
+    @classmethod
+    def smoke(cls, folder: Path) -> Self:
+        """A few steps on a few images."""
+        return cls(count=6, batch_size=4, steps=2, latent=8)
+
+
+class NoisyLayer(nn.Module):
+    """Label embeddings `[B, D]` → `[B, latent]`: BatchNorm, then a linear layer drawn from N(0, 0.02²) with zero bias.
+
+    each: a linear layer per row (1-to-1) instead of one for all (K-to-1). Ref: eq. 3.
+    """
+
+    def __init__(self, dim: int, latent: int, rng: torch.Generator, each: int | None = None) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(dim)
+        self.weight = nn.Parameter(0.02 * torch.randn(each or 1, dim, latent, generator=rng))
+        self.bias = nn.Parameter(torch.zeros(each or 1, latent))
+
+    def forward(self, e: Tensor) -> Tensor:
+        e = self.norm(e)
+        if len(self.weight) == 1:
+            return e @ self.weight[0] + self.bias
+        return torch.einsum("bd,bdl->bl", e, self.weight) + self.bias
+
+
+class _Run:
+    """The rounds of one source."""
+
+    def __init__(self, options: Nayer, ctx: CalibrationContext) -> None:
+        self.options, self.ctx = options, ctx
+        self.classes = classes(ctx.model)
+        self.space: Space = pixel_space(ctx)
+        self.rows = self._rows().to(ctx.device)
+        self.generator = seeded(lambda: ConvGenerator(ctx.input_shape, options.latent), ctx.rng).to(ctx.device)
+        self.count = StepCount(ctx, options.steps)
+
+    def _rows(self) -> Tensor:
+        o = self.options
+        if o.input != "labels":
+            return torch.eye(self.classes)
+        return label_embeddings(self.ctx.model, self.classes, embeddings=o.embeddings, names=o.names, encoder=o.encoder)
+
+    def rounds(self, k: int, size: int, rng: torch.Generator) -> Tensor:
+        """Batch `k`: a round of the generator, which is drawn anew every `reset` rounds and then warmed up."""
+        o = self.options
+        if k % (o.reset - o.warmup) == 0:
+            fresh = seeded(lambda: ConvGenerator(self.ctx.input_shape, o.latent), rng)
+            self.generator.load_state_dict(fresh.state_dict())
+            for _ in range(o.warmup):
+                self._round(balanced_labels(size, self.classes, rng), rng, lambda step, loss: None)
+        return self._round(o.labels(self.ctx, k, size), rng, partial(self.count.step, k))
+
+    @torch.enable_grad()
+    def _round(self, labels: Tensor, rng: torch.Generator, done: Callable[[int, Tensor], None]) -> Tensor:
+        o, device, g = self.options, self.ctx.device, self.generator
+        labels, size = labels.to(device), len(labels)
+        layer = NoisyLayer(self.rows.shape[1], o.latent, rng, size if o.noisy == "each" else None).to(device)
+        z = torch.randn(size, o.latent, generator=rng).to(device)
+        adam = torch.optim.Adam([*g.parameters(), *layer.parameters()], lr=o.lr, betas=(0.5, 0.999))
+        best, least = z, torch.tensor(torch.inf, device=device)
+        model = teachers(self.ctx)
+        with tap_batch_norms(model.models, required=False) as taps:
+            for step in range(o.steps):
+                taps.seen.clear()
+                u = g(z if o.input == "noise" else layer(self.rows[labels]))
+                loss = self._loss(model, taps, shift_and_flip(u, rng, o.pad), labels)
+                adam.zero_grad()
+                loss.backward()
+                adam.step()
+                better = loss.detach() < least
+                best = torch.where(better, u.detach(), best) if step else u.detach()
+                least = torch.where(better, loss.detach(), least)
+                done(step, loss)
+        if not bool(torch.isfinite(best).all()):
+            raise CalibrationError("synthesis diverged: the images are not finite; lower lr")
+        return self.space.place(best)
+
+    def _loss(self, model: Teachers, taps: Taps, u: Tensor, labels: Tensor) -> Tensor:
+        o, x = self.options, self.space.place(u)
+        logits = model(x)
+        loss = o.a_cls * F.cross_entropy(logits, labels) + o.a_bn * variance_loss(taps).to(x.device)
+        if self.ctx.student is None:
+            return loss
+        theirs = self.ctx.student(x)
+        # Only images on which both agree: where they do not, the student has something to learn already.
+        agree = (theirs.argmax(1) == logits.argmax(1)).float()
+        kl = F.kl_div(F.log_softmax(logits, 1), F.log_softmax(theirs, 1), reduction="none", log_target=True).sum(1)
+        return loss - o.a_adv * (agree * kl).mean()

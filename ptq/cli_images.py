@@ -1,0 +1,140 @@
+"""The commands that work on images: `ptq synthesize` and `ptq similarity`."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from ptq.artifact import MANIFEST, check_free, versions, whole_folder
+from ptq.errors import PluginError, SpecError
+from ptq.gallery import to_pixels, write_curve, write_pictures, write_sheet
+from ptq.loading import load_model
+from ptq.report import Section, print_sections
+from ptq.run import normalization
+from ptq.similarity import Similarity
+from ptq.sources import data_similarity, synthesize
+from ptq.terminal import shown
+
+
+def sized(data: str, args: argparse.Namespace) -> str:
+    """The data source's text with what the options beside it say: `--count`, `--resize`, `--crop`."""
+    wanted = {"count": getattr(args, "count", None)}
+    if data.partition(":")[0] == "images":
+        wanted |= {"resize": args.resize, "crop": args.crop}
+    given = [f"{key}={v}" for key, v in wanted.items() if v is not None]
+    return data + (("," if ":" in data else ":") + ",".join(given) if given else "")
+
+
+def common(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that making images takes, from the command line."""
+    if args.input_shape is None:
+        raise SpecError("the input shape is missing; give --input-shape C,H,W, as in --input-shape 3,224,224")
+    return {
+        "input_shape": args.input_shape, "effort": args.effort, "mean": args.mean, "std": args.std, "seed": args.seed or 0,
+        "device": args.device, "cache": args.cache,
+    }  # fmt: skip
+
+
+def run_synthesize(args: argparse.Namespace) -> int:
+    """Writes images, pictures, contact sheet, loss curve and a manifest into one folder."""
+    options = common(args)
+    check_free(args.output, args.force)
+    stated = normalization(args.mean, args.std, args.input_shape[0])
+    model = load_model(args.model, args.arch, trust_pickle=args.trust_pickle)
+    teachers = [load_model(file, arch, trust_pickle=args.trust_pickle) for file, arch in further(args)]
+    console = Console(stderr=True)
+    with shown(args.quiet, console) as feedback:
+        made = synthesize(model, sized(args.data or "auto", args), teachers=teachers, feedback=feedback, **options)
+    pixels, beyond = to_pixels(made.images, *stated)
+    clipped = max(made.clipped, beyond)
+    with whole_folder(args.output, args.force) as folder:
+        np.savez_compressed(folder / "images.npz", x=made.images.numpy())
+        write_pictures(pixels, folder / "pictures")
+        write_sheet(pixels, folder / "contact.png")
+        plotted = write_curve(made.curve, folder) if made.curve else True
+        facts = {
+            "source": made.source, "model": args.model.name, "seed": options["seed"], "images": len(made.images),
+            "input_shape": list(args.input_shape), "mean": args.mean, "std": args.std, "clipped": clipped,
+            "seconds": made.seconds, "notes": list(made.notes), "versions": versions(),
+        }  # fmt: skip
+        (folder / MANIFEST).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    if args.json:
+        print(json.dumps(facts, indent=1))
+    elif not args.quiet:
+        console.print(f"{len(made.images)} images of {made.source} in {made.seconds:.1f} s, written to {args.output}")
+        scaled = "" if args.mean else " (scaled alike to fit: no normalization was stated)"
+        console.print(
+            f"pictures: {100 * clipped:.2f} % of their values lay outside of valid pixels and were clipped{scaled}"
+        )
+        if not plotted:
+            console.print("no loss.png: matplotlib is not installed (extra 'plots'); loss.csv holds the curve")
+    return 0
+
+
+def further(args: argparse.Namespace) -> list[tuple[Path, str | None]]:
+    """Files and architectures of `--with` and `--with-arch`.
+
+    Raises:
+        SpecError: more architectures than files.
+    """
+    files, archs = args.with_models or [], args.with_arch or []
+    if len(archs) > len(files):
+        raise SpecError(
+            f"{len(archs)} --with-arch given for {len(files)} --with; each belongs to the file at its place"
+        )
+    return [(file, archs[k] if k < len(archs) else args.arch) for k, file in enumerate(files)]
+
+
+def run_similarity(args: argparse.Namespace) -> int:
+    """Prints J_KL of each image set, and relative to the reference's where one is given."""
+    options = common(args)
+    model = load_model(args.model, args.arch, trust_pickle=args.trust_pickle)
+    found: dict[str, Similarity] = {}
+    with shown(args.quiet or args.json, Console(stderr=True)) as feedback:
+        for text in dict.fromkeys([*([args.reference] if args.reference else []), *args.sets]):
+            found[text] = data_similarity(model, _data(text, args), feedback=feedback, **options)
+    reference = found[args.reference].mean if args.reference else None
+    if args.json:
+        rows = {
+            name: {
+                "j_kl": s.mean, "relative": None if reference is None else s.mean / reference, "images": s.images,
+                "layers": dict(s.layers), "odd_layers": list(s.odd),
+            }
+            for name, s in found.items()
+        }  # fmt: skip
+        print(json.dumps(rows, indent=1))
+    else:
+        print_sections(Console(), _tables(found, reference, args.layers))
+    return 0
+
+
+def _data(text: str, args: argparse.Namespace) -> str:
+    """An image set of the command line: a path as pictures, anything else as a data source."""
+    if not Path(text).exists():
+        kind = text.partition(":")[0]
+        if "/" in kind or "." in kind:
+            raise PluginError(f"{text} is neither a file, a folder nor a data source")
+        return sized(text, args)
+    return sized(f"images:path={text}", args) + ("" if args.count else ",count=1000000000")
+
+
+def _tables(found: dict[str, Similarity], reference: float | None, layers: bool) -> list[Section]:
+    heads = ["images", ">number", ">J_KL", *([">of reference"] if reference is not None else [])]
+    rows = [
+        [name, str(s.images), f"{s.mean:.4g}", *([f"{s.mean / reference:.2f}"] if reference is not None else [])]
+        for name, s in found.items()
+    ]
+    sections = [Section("Data similarity: small looks like the training data", heads, rows)]
+    if layers:
+        names = list(next(iter(found.values())).layers)
+        table = [[name, *(f"{s.layers[name]:.4g}" for s in found.values())] for name in names]
+        sections.append(Section("Per layer", ["layer", *(f">{name}" for name in found)], table))
+    odd = sorted({name for s in found.values() for name in s.odd})
+    if odd:
+        sections.append(
+            Section("Left out of the mean: channels that were dead in training", ["layer"], [[n] for n in odd])
+        )
+    return sections

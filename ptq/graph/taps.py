@@ -1,0 +1,92 @@
+"""Statistics of what enters each BatchNorm, beside those it kept from training."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ptq.errors import CalibrationError
+from ptq.graph.ops import BATCH_NORMS
+
+# Added to variances: the gradient of a standard deviation is infinite at a constant channel, and so is a KL divergence.
+EPS = 1e-8
+
+
+class Tap(NamedTuple):
+    """One BatchNorm in one forward pass: mean and variance [C] of its input, and the layer."""
+
+    mean: Tensor
+    var: Tensor
+    norm: nn.Module
+
+    @property
+    def running_mean(self) -> Tensor:
+        """μ_l [C], of the training images."""
+        return self.norm.running_mean  # type: ignore[return-value]
+
+    @property
+    def running_var(self) -> Tensor:
+        """σ_l² [C], of the training images."""
+        return self.norm.running_var  # type: ignore[return-value]
+
+
+@dataclass
+class Taps:
+    """Every BatchNorm's statistics in the last forward pass, in order. models: how many networks are tapped."""
+
+    models: int = 1
+    seen: list[Tap] = field(default_factory=list)
+
+
+def batch_norms(model: nn.Module) -> list[nn.Module]:
+    """The BatchNorm layers that keep running statistics."""
+    return [m for m in model.modules() if isinstance(m, BATCH_NORMS) and m.running_mean is not None]
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance per channel [C] of `[B, C, …]`."""
+    var, mean = torch.var_mean(x, dim=[d for d in range(x.ndim) if d != 1], correction=0)
+    return mean, var
+
+
+def gaussian_kl(mean: Tensor, var: Tensor, other_mean: Tensor, other_var: Tensor) -> Tensor:
+    """KL( N(μ, σ²) ‖ N(m, s²) ) per element, μ, σ² = mean, var, m, s² = other_mean, other_var.
+
+        log(s/σ) - ½ (1 - (σ² + (μ - m)²) / s²)
+
+    Ref: Haroush et al., The Knowledge Within, CVPR 2020, eq. 1.
+    Differs: ε = 1e-8 is added to both variances, where the paper adds it to s² alone: a channel that was dead in training
+    has σ² = 0.
+    """
+    var, other_var = var + EPS, other_var + EPS
+    return 0.5 * ((other_var / var).log() - 1 + (var + (mean - other_mean).square()) / other_var)
+
+
+@contextmanager
+def tap_batch_norms(models: Iterable[nn.Module], *, required: bool = True) -> Iterator[Taps]:
+    """Collects the statistics of every BatchNorm's input while the context is open; forget them with `seen.clear()`.
+
+    Raises:
+        CalibrationError: one of the models has no BatchNorm, and `required`.
+    """
+    models = list(models)
+    found = [batch_norms(model) for model in models]
+    if required and not all(found):
+        raise CalibrationError(
+            "this source draws on the network's BatchNorm statistics, and the network has none; "
+            "use a source that needs none ('ptq list' says which), such as '--data auto', or real pictures, '--data images:PATH'"
+        )
+    taps = Taps(len(models))
+
+    def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        taps.seen.append(Tap(*moments(args[0]), module))
+
+    handles = [norm.register_forward_pre_hook(look) for norms in found for norm in norms]
+    try:
+        yield taps
+    finally:
+        for handle in handles:
+            handle.remove()

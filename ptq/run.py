@@ -1,0 +1,102 @@
+"""What the steps of one run share, and the arguments that every command has."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptq.contracts import Feedback
+from ptq.errors import SpecError
+
+
+@dataclass
+class Run:
+    """One run: where, with which seed, in which input space; what was said and how long it took."""
+
+    shape: tuple[int, int, int]
+    device: torch.device
+    seed: int
+    mean: Tensor | None
+    std: Tensor | None
+    feedback: Feedback
+    cache: Path | None = None
+    notes: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    clipped: list[float] = field(default_factory=list)  # per batch, the share of values that were no valid pixels
+
+    def note(self, text: str) -> None:
+        """Tells the user, and the manifest."""
+        self.notes.append(text)
+        self.feedback.note(text)
+
+    def timed(self, stage: str, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The result of `work(...)`, its seconds added to the manifest."""
+        start = time.perf_counter()
+        result = work(*args, **kwargs)
+        self.seconds[stage] = round(time.perf_counter() - start, 3)
+        return result
+
+
+def start_run(
+    input_shape: Iterable[int], device: str | torch.device, seed: int, mean: Iterable[float] | None,
+    std: Iterable[float] | None, feedback: Feedback | None, cache: str | Path | None = None,
+) -> Run:  # fmt: skip
+    """A run from the arguments of a command.
+
+    Raises:
+        SpecError: a shape that is not (C, H, W), a device that is not there, or a normalization that does not fit.
+    """
+    shape = _shape(input_shape)
+    stated = normalization(mean, std, shape[0])
+    return Run(shape, _device(device), seed, *stated, feedback or Feedback(), None if cache is None else Path(cache))
+
+
+def _shape(shape: Iterable[int]) -> tuple[int, int, int]:
+    shape = tuple(shape)
+    if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise SpecError(f"input shape {shape} given; it is (channels, height, width), as in (3, 224, 224)")
+    return shape
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        found = torch.device(device)
+        torch.zeros((), device=found)
+    except (RuntimeError, AssertionError) as e:
+        raise SpecError(f"device {str(device)!r} is not there: {str(e).splitlines()[0]}") from e
+    return found
+
+
+def normalization(
+    mean: Iterable[float] | None, std: Iterable[float] | None, channels: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """`mean` and `std` as tensors [C], one number standing for every channel; None where neither is given.
+
+    Raises:
+        SpecError: only one is given, their lengths do not fit, or a deviation is not above 0.
+    """
+    if mean is None and std is None:
+        return None, None
+    if mean is None or std is None:
+        raise SpecError("mean and std belong together; give both or neither")
+    both = [torch.tensor(list(v), dtype=torch.float32) for v in (mean, std)]
+    both = [v.repeat(channels) if len(v) == 1 else v for v in both]
+    if any(len(v) != channels for v in both) or not bool((both[1] > 0).all()):
+        raise SpecError(
+            f"mean and std have one number per channel ({channels}), std above 0; got {floats(both[0])} and {floats(both[1])}"
+        )
+    return both[0], both[1]
+
+
+def floats(v: Tensor | None) -> tuple[float, ...] | None:
+    """A tensor [C] as plain numbers."""
+    return None if v is None else tuple(v.tolist())
+
+
+def valid_range(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and greatest input per channel, [1, C, 1, 1] each: those of a black and a white pixel."""
+    return ((0 - mean) / std).view(1, -1, 1, 1), ((1 - mean) / std).view(1, -1, 1, 1)

@@ -1,0 +1,239 @@
+"""Calibration images of a run: which source, from which networks, gathered and checked."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.data import Dataset
+
+from ptq import plugins
+from ptq.batch_cache import open_cache
+from ptq.contracts import EFFORTS, CalibrationContext, Calibrator, Feedback, make_rng
+from ptq.errors import CalibrationError, SpecError
+from ptq.graph.ops import output_node
+from ptq.graph.taps import batch_norms
+from ptq.graph.trace import trace
+from ptq.run import Run, floats, start_run, valid_range
+from ptq.similarity import Similarity, similarity
+
+Data = str | Calibrator | Tensor | Dataset | Iterable[Any]
+# What `auto` takes: the first whose needs the network meets. Why these, see benchmarks/README.md.
+_AUTO = ("genie", "inceptionism", "gaussian")
+_DATA_SET_STD = (0.15, 0.4)  # of pixels in [0, 1]: a normalization with such a deviation is a data set's own
+
+
+@dataclass(frozen=True)
+class Synthesis:
+    """Images `[N, C, H, W]` in the network's input space. curve: (step, loss), of sources that minimize something.
+
+    source: the resolved options. clipped: share of the source's values that were no valid pixels, and were clipped to such.
+    """
+
+    images: Tensor
+    source: str
+    curve: tuple[tuple[int, float], ...]
+    clipped: float
+    seconds: float
+    notes: tuple[str, ...]
+
+
+def synthesize(
+    model: nn.Module,
+    data: str | Calibrator = "auto",
+    *,
+    input_shape: tuple[int, int, int],
+    teachers: Sequence[nn.Module] = (),
+    effort: str = "standard",
+    mean: Iterable[float] | None = None,
+    std: Iterable[float] | None = None,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    cache: str | Path | None = None,
+    feedback: Feedback | None = None,
+) -> Synthesis:
+    """Makes calibration images from a trained network; the arguments are those of `ptq.quantize`.
+
+    Raises:
+        SpecError, PluginError, ModelError, CalibrationError: a bad argument, or a network the source cannot serve.
+    """
+    source = build_source(data, effort)
+    curve: list[tuple[int, Tensor]] = []
+    spoken = replace(feedback or Feedback(), loss=lambda step, value: curve.append((step, value)))
+    run = start_run(input_shape, device, seed, mean, std, spoken, cache)
+    networks = trace_all(model, teachers, run)
+    source = settle_source(source, networks[0], run, effort)
+    images = run.timed("synthesis", gather, source, networks, run)
+    steps = tuple((step, float(value)) for step, value in curve)
+    clipped = sum(run.clipped) / max(1, len(run.clipped))
+    return Synthesis(images, plugins.describe(source), steps, clipped, run.seconds["synthesis"], tuple(run.notes))
+
+
+def data_similarity(
+    model: nn.Module,
+    data: Data,
+    *,
+    input_shape: tuple[int, int, int],
+    effort: str = "standard",
+    mean: Iterable[float] | None = None,
+    std: Iterable[float] | None = None,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    cache: str | Path | None = None,
+    feedback: Feedback | None = None,
+) -> Similarity:
+    """How much images look like the training data to a trained network: J_KL, see `ptq.similarity`.
+
+    Args:
+        data: as for `ptq.quantize`; all images of a tensor or an iterable count, of a source as many as it is asked for.
+        mean, std: the normalization inputs carry. Where it is a data set's own (a std of 0.15 to 0.4), inputs have zero mean
+            and unit deviation over the training data, and count as one more layer.
+
+    Raises:
+        SpecError, PluginError, ModelError, CalibrationError: a bad argument, or a network without BatchNorm.
+    """
+    source = build_source(data, effort)
+    run = start_run(input_shape, device, seed, mean, std, feedback, cache)
+    networks = trace_all(model, (), run)
+    source = settle_source(source, networks[0], run, effort)
+    low, high = _DATA_SET_STD
+    normalized = run.std is not None and bool(((run.std > low) & (run.std < high)).all())
+    batches = batches_of(source, networks, run)
+    total = getattr(source, "count", 0)
+    return similarity(
+        networks[0], batches, device=run.device, normalized=normalized, total=total, feedback=run.feedback
+    )
+
+
+def build_source(data: Data, effort: str) -> Any:
+    """The source that `data` names, or `data` itself; "auto" stays as it is until the network is known.
+
+    Raises:
+        SpecError: an unknown effort. PluginError: an unknown source or option.
+    """
+    if effort not in EFFORTS:
+        raise SpecError(f"unknown effort {effort!r}; known: {', '.join(EFFORTS)}")
+    if isinstance(data, str) and data.partition(":")[0] != "auto":
+        return plugins.build("calibrators", data, effort)
+    return data
+
+
+def trace_all(model: nn.Module, teachers: Sequence[nn.Module], run: Run) -> tuple[fx.GraphModule, ...]:
+    """The network, and further teachers of the same images, traced, on the run's device."""
+    return tuple(trace(m, run.shape).to(run.device) for m in (model, *teachers))
+
+
+def settle_source(source: Any, teacher: fx.GraphModule, run: Run, effort: str) -> Any:
+    """The source, "auto" resolved, once it is clear that the network has what it needs.
+
+    Raises:
+        CalibrationError: the network lacks what the source needs; names the sources that serve it.
+    """
+    has = _has(teacher)
+    if isinstance(source, str):
+        chosen = next(name for name in _AUTO if set(plugins.load("calibrators", name).needs) <= has)
+        lacks = " and no ".join(sorted({"BatchNorm", "classes"} - has))
+        run.note(f"data source: {chosen}, the best for a network with {'no ' + lacks if lacks else 'BatchNorm'}")
+        return plugins.build("calibrators", chosen + source.removeprefix("auto"), effort)
+    for part in getattr(source, "sources", (source,)):
+        missing = [need for need in getattr(part, "needs", ()) if need not in has]
+        if missing:
+            raise CalibrationError(_refusal(plugins.describe(part).partition(":")[0], missing[0], has))
+    return source
+
+
+def _has(teacher: fx.GraphModule) -> set[str]:
+    """What the network has, of what sources need."""
+    found = {"BatchNorm"} if batch_norms(teacher) else set()
+    return found | ({"classes"} if len(output_node(teacher).meta["shape"]) == 1 else set())
+
+
+def _refusal(name: str, missing: str, has: set[str]) -> str:
+    why = {
+        "BatchNorm": "draws on the network's BatchNorm statistics, and the network has none",
+        "classes": "needs a classifier, [B, classes] out, and the network's output has another shape",
+    }
+    fit = [n for n in plugins.names("calibrators") if n != "mix" and set(plugins.load("calibrators", n).needs) <= has]
+    return f"{name} {why[missing]}; sources that serve it: {', '.join(fit)}, as in '--data {fit[0]}', or '--data auto'"
+
+
+def gather(source: Any, networks: tuple[fx.GraphModule, ...], run: Run) -> Tensor:
+    """All images `[N, C, H, W]` in host memory; valid pixels where the normalization is stated.
+
+    Raises:
+        CalibrationError: there are none, or they are not what they should be.
+    """
+    kept = list(batches_of(source, networks, run))
+    if not kept or not sum(len(b) for b in kept):
+        raise CalibrationError("the data source gave no images")
+    return torch.cat(kept)
+
+
+def batches_of(source: Any, networks: tuple[fx.GraphModule, ...], run: Run) -> Iterator[Tensor]:
+    """Checked batches in host memory, one at a time."""
+    if not hasattr(source, "batches"):
+        batches, left = _from_python(source), None
+    else:
+        cache = None if run.cache is None else open_cache(run.cache, networks, _settings(source, run))
+        ctx = CalibrationContext(
+            networks[0], run.shape, run.mean, run.std, source.count, source.batch_size, run.device,
+            make_rng(run.seed, "calibration"), replace(run.feedback, note=run.note), networks[1:], cache=cache,
+        )  # fmt: skip
+        batches, left = source.batches(ctx), source.count
+    for batch in batches:
+        batch = _clipped(_checked(batch, run.shape), run)[:left]
+        left = None if left is None else left - len(batch)
+        if len(batch):
+            yield batch
+
+
+def _settings(source: Any, run: Run) -> dict[str, Any]:
+    """All that images depend on, besides the networks."""
+    return {
+        "source": plugins.describe(source), "seed": run.seed, "shape": run.shape, "device": run.device.type,
+        "mean": floats(run.mean), "std": floats(run.std),
+    }  # fmt: skip
+
+
+def _from_python(source: Any, size: int = 64) -> Iterator[Tensor]:
+    """Batches of a tensor, a Dataset, a DataLoader or an iterable; of (images, labels) pairs, the images."""
+    if isinstance(source, Tensor):
+        yield source
+        return
+    items = (
+        (source[i] for i in range(len(source)))
+        if isinstance(source, Dataset) and hasattr(source, "__len__")
+        else source
+    )
+    single: list[Tensor] = []
+    for item in items:
+        item = item[0] if isinstance(item, tuple | list) and item else item
+        if isinstance(item, Tensor) and item.ndim == 3:
+            single.append(item)
+            if len(single) == size:
+                yield torch.stack(single)
+                single = []
+        else:
+            yield item
+    if single:
+        yield torch.stack(single)
+
+
+def _checked(batch: Any, shape: tuple[int, int, int]) -> Tensor:
+    if not isinstance(batch, Tensor) or batch.dtype != torch.float32 or tuple(batch.shape[1:]) != shape:
+        found = f"{batch.dtype} {tuple(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
+        raise CalibrationError(f"the data source gave {found}; batches are float32 [B, {', '.join(map(str, shape))}]")
+    if not bool(torch.isfinite(batch).all()):
+        raise CalibrationError("the data source gave values that are not finite")
+    return batch.detach().cpu()
+
+
+def _clipped(batch: Tensor, run: Run) -> Tensor:
+    if run.mean is None or run.std is None:
+        return batch
+    low, high = valid_range(run.mean, run.std)
+    half = 0.5 / 255 / run.std.view(1, -1, 1, 1)  # nearer than half a step, rounding loses nothing
+    run.clipped.append(float(((batch < low - half) | (batch > high + half)).float().mean()))
+    return torch.minimum(torch.maximum(batch, low), high)

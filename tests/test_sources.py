@@ -1,0 +1,141 @@
+"""Which source serves which network, and images given from Python."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import ptq
+from ptq import plugins
+from ptq.contracts import Feedback
+from tests.zoo import SHAPE, build, images
+
+X = images(12)
+
+
+def _quantized(data, net: str = "residual", **options):
+    return ptq.quantize(build(net), "w8a8", data, input_shape=SHAPE, rounding="nearest", **options)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        X, list(X.split(5)), iter(list(X.split(5))), list(X), TensorDataset(X), TensorDataset(X, torch.zeros(12)),
+        DataLoader(TensorDataset(X, torch.zeros(12)), batch_size=5), [(x, 0) for x in X],
+    ],
+    ids=["tensor", "batches", "iterator", "images", "dataset", "labelled", "loader", "pairs"],
+)  # fmt: skip
+def test_images_from_python(data):
+    assert torch.equal(_quantized(data).images, X)
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [([X.double()], "float64"), ([X[:, :2]], r"\(12, 2, 16, 16\)"), (["a"], "str"), ([X * torch.inf], "not finite")],
+)
+def test_images_that_do_not_fit(data, found):
+    with pytest.raises(ptq.CalibrationError, match=found):
+        _quantized(data)
+
+
+@pytest.mark.parametrize(("net", "chosen"), [("residual", "genie"), ("plain", "inceptionism")])
+def test_auto_says_which_and_why(net: str, chosen: str):
+    heard = []
+    made = ptq.synthesize(
+        build(net), "auto:count=4,steps=2", input_shape=SHAPE, feedback=Feedback(note=heard.append), effort="quick"
+    )
+    assert made.source.startswith(f"{chosen}:count=4,") and "steps=2" in made.source
+    assert any(note.startswith(f"data source: {chosen}") and "BatchNorm" in note for note in heard)
+    assert list(made.notes) == heard
+
+
+def test_auto_without_classes_or_batch_norm():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    made = ptq.synthesize(net, "auto:count=4", input_shape=SHAPE)
+    assert made.source.startswith("gaussian") and "no BatchNorm and no classes" in made.notes[0]
+
+
+@pytest.mark.parametrize("name", ["genie", "zeroq", "bn_stats", "dgh", "mix:gaussian+genie"])
+def test_a_refusal_names_what_serves(name: str):
+    with pytest.raises(ptq.CalibrationError) as e:
+        _quantized(name, "plain")
+    text = str(e.value)
+    assert "BatchNorm" in text and "inceptionism" in text and "nayer" in text and "\n" not in text
+    assert "zeroq" not in text.partition("serve it:")[2]
+
+
+@pytest.mark.parametrize("name", ["inceptionism", "nayer", "vae_replay"])
+def test_a_network_that_is_no_classifier(name: str):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    with pytest.raises(ptq.CalibrationError, match=r"classifier.*genie"):
+        ptq.synthesize(net, name, input_shape=SHAPE)
+
+
+def test_batch_statistics_give_other_ranges_and_nearest_rounding():
+    heard = []
+    common = {"input_shape": SHAPE, "feedback": Feedback(note=heard.append)}
+    net = build("residual")
+    for norm in [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]:
+        norm.running_mean += 3 * norm.running_var.sqrt()
+    before = copy.deepcopy(net.state_dict())
+    batch = ptq.quantize(net, "w8a8", "gaussian:count=64,teacher_bn=batch", **common)
+    running = ptq.quantize(net, "w8a8", "gaussian:count=64", rounding="nearest", **common)
+    assert batch.manifest.recipe["rounding"] == "nearest" and any("batch statistics" in note for note in heard)
+    assert torch.equal(batch.images, running.images)
+    assert batch.manifest.ranges != running.manifest.ranges
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_mix_is_split_evenly_and_reproducible():
+    common = {"input_shape": SHAPE, "seed": 1}
+    made = ptq.synthesize(build("residual"), "mix:gaussian+zeroq(steps=2)+genie(steps=2),count=11", **common)
+    assert len(made.images) == 11
+    again = ptq.synthesize(build("residual"), made.source, **common)
+    assert again.source == made.source and torch.equal(again.images, made.images)
+    alone = ptq.synthesize(build("residual"), "gaussian:count=4", **common)
+    assert not torch.equal(alone.images, made.images[:4])  # a random generator for each source
+
+
+@pytest.mark.parametrize(
+    "text", ["mix", "mix:", "mix:genie+genei", "mix:genie(stepps=3)+gaussian", "mix:genie(steps=3+gaussian"]
+)
+def test_bad_mixes(text: str):
+    with pytest.raises(ptq.PluginError):
+        plugins.build("calibrators", text)
+
+
+def test_mixed_statistics_are_refused():
+    with pytest.raises(ptq.CalibrationError, match="cannot be mixed"):
+        _quantized("mix:gaussian(teacher_bn=batch)+zeroq(steps=2),count=8")
+
+
+@pytest.mark.parametrize(
+    "name", ["genie:steps=5", "zeroq:steps=5", "bn_stats:steps=5,augment=1", "dgh:steps=10", "nayer:steps=2"]
+)
+def test_further_teachers_matter(name: str):
+    text = name + ",count=6,batch_size=3"
+    other = build("residual")
+    for norm in [m for m in other.modules() if isinstance(m, nn.BatchNorm2d)]:
+        norm.running_mean += 0.5
+    alone = ptq.synthesize(build("residual"), text, input_shape=SHAPE)
+    both = ptq.synthesize(build("residual"), text, input_shape=SHAPE, teachers=[other])
+    assert not torch.equal(alone.images, both.images)
+
+
+def test_images_suit_both_teachers_better():
+    other = build("residual")
+    for norm in [m for m in other.modules() if isinstance(m, nn.BatchNorm2d)]:
+        norm.running_mean += 1.0
+    common, text = {"input_shape": SHAPE}, "zeroq:steps=60,count=16"
+    alone = ptq.synthesize(build("residual"), text, **common).images
+    both = ptq.synthesize(build("residual"), text, teachers=[other], **common).images
+    assert ptq.data_similarity(other, both, **common).mean < 0.8 * ptq.data_similarity(other, alone, **common).mean
+
+
+def test_clipping_is_told():
+    made = ptq.synthesize(build("residual"), "gaussian:count=64", input_shape=SHAPE, mean=[0.5] * 3, std=[0.25] * 3)
+    # Valid pixels reach from -2 to 2 here: a normal value is outside with probability 0.0455.
+    assert made.clipped == pytest.approx(0.0455, abs=0.003) and float(made.images.abs().max()) == 2
+    assert ptq.synthesize(build("residual"), "gaussian:count=8", input_shape=SHAPE).clipped == 0
