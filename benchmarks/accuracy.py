@@ -43,7 +43,7 @@ def _arguments() -> argparse.Namespace:
     p.add_argument("--bits", default="w8a8,w4a4,w2a4", help="comma-separated")
     p.add_argument("--data", default="genie", help="sources, separated by semicolons: genie:steps=500;gaussian;real")
     p.add_argument("--rounding", default="nearest;genie_m", help="separated by semicolons")
-    p.add_argument("--ranges", default="lp", help="lp, minmax or smoothed")
+    p.add_argument("--ranges", default="lp_best", help="lp_best, lp, minmax or smoothed")
     p.add_argument("--edges", default="brecq", help="brecq, qdrop or all")
     p.add_argument("--effort", default="standard", help="quick, standard or full: sizes left open")
     p.add_argument("--count", type=int, help="calibration images, where the source's options do not say")

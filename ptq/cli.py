@@ -63,7 +63,7 @@ def _settle(args: argparse.Namespace) -> None:
         "bits": "w8a8",
         "data": "auto",
         "rounding": "genie_m",
-        "ranges": "lp",
+        "ranges": "lp_best",
         "edges": "brecq",
         "adds": 8,
         "seed": 0,

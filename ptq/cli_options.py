@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ptq.contracts import EFFORTS
-from ptq.quant.ranges import ESTIMATORS
+from ptq.quant.ranges import RANGES
 from ptq.spec import EDGES
 
 Command = Callable[[argparse.Namespace], int]
@@ -121,7 +121,7 @@ def _quantize_options(p: argparse.ArgumentParser) -> None:
     _teacher_options(p)
     _image_options(p)
     p.add_argument("--rounding", help="genie_m or nearest, with options likewise; default genie_m")
-    p.add_argument("--ranges", choices=sorted(ESTIMATORS), help="how scales are chosen; default lp")
+    p.add_argument("--ranges", choices=RANGES, help="how scales are chosen; default lp_best")
     p.add_argument(
         "--target",
         default="onnx_qdq",

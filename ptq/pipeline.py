@@ -1,7 +1,7 @@
 """`quantize`: the whole run, as ten lines; the only place where strings become objects."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ptq.graph.observe import input_params, observe, weight_params
 from ptq.graph.ops import input_node
 from ptq.graph.plan import QuantPlan, make_plan
 from ptq.quant.affine import QParams
-from ptq.quant.ranges import Estimator, estimator
+from ptq.quant.ranges import Estimator, estimators
 from ptq.reconstruct._loop import reconstruct_blocks
 from ptq.run import Run, floats, start_run, valid_range
 from ptq.sources import Data, build_source, gather, settle_source, trace_all
@@ -36,7 +36,7 @@ def quantize(
     *,
     input_shape: tuple[int, int, int],
     rounding: str | Reconstructor = "genie_m",
-    ranges: str = "lp",
+    ranges: str = "lp_best",
     edges: str = "brecq",
     adds: int = 8,
     effort: str = "standard",
@@ -60,7 +60,7 @@ def quantize(
             DataLoader or an iterable of images or batches, in the network's input space (of pairs, the first counts).
         input_shape: (C, H, W).
         rounding: "genie_m", "nearest", with options as above, or a reconstructor object.
-        ranges: how scales are chosen: "lp", "minmax" or "smoothed".
+        ranges: how scales are chosen: "lp", "lp_best" (the norm too), "minmax" or "smoothed".
         edges, adds: where which width goes, see `ptq.spec.PlanRules`.
         effort: "quick", "standard" or "full" (the papers' numbers): defaults for what `data` and `rounding` leave open.
         target: an exporter to check the plan against before any work is spent, such as "onnx_qdq".
@@ -79,7 +79,7 @@ def quantize(
             network that cannot be served; the message says what to do.
     """
     bits = BitConfig.parse(bits) if isinstance(bits, str) else bits
-    rules, estimate = PlanRules(edges, adds), estimator(ranges)
+    rules, estimates = PlanRules(edges, adds), estimators(ranges)
     images_from, (method, exporter) = build_source(data, effort), _plugins(rounding, target, effort)
     run = start_run(input_shape, device, seed, mean, std, feedback, cache)
     networks, folded = run.timed("trace", _prepare, model, teachers, run)
@@ -89,8 +89,8 @@ def quantize(
     images_from = settle_source(images_from, teacher, run, effort)
     images = run.timed("calibration images", gather, images_from, networks, run)
     metrics: dict[str, Any] = {"fold_error": _check_fold(teacher, folded, images, run)}
-    acts = run.timed("ranges", _ranges, teacher, plan, images, estimate, images_from, run)
-    student = insert_fake_quant(folded, plan, acts, weight_params(folded, plan, estimate, acts)).to(run.device)
+    acts = run.timed("ranges", _ranges, teacher, folded, plan, images, estimates, images_from, run)
+    student = insert_fake_quant(folded, plan, acts, weight_params(folded, plan, estimates[0], acts)).to(run.device)
     method = _suited(method, images_from, run)
     graph, blocks = run.timed(
         "reconstruction", reconstruct_blocks, teacher, student, images, method,
@@ -153,18 +153,28 @@ def _input_ends(images: Tensor, synthetic: bool, run: Run) -> tuple[float, float
 
 
 def _ranges(
-    teacher: fx.GraphModule, plan: QuantPlan, images: Tensor, estimate: Estimator, images_from: Any, run: Run
-) -> dict[str, QParams]:
+    teacher: fx.GraphModule, folded: fx.GraphModule, plan: QuantPlan, images: Tensor, estimates: Sequence[Estimator],
+    images_from: Any, run: Run,
+) -> dict[str, QParams]:  # fmt: skip
+    """Activation grids by the estimator with which activations alone, quantized, change the network's output least."""
     if not plan.values:
         return {}
-    rng, size = make_rng(run.seed, "ranges"), 64
+    size, watched = 64, teacher
     if getattr(images_from, "teacher_bn", "running") == "batch":
-        teacher, size = use_batch_statistics(teacher), max(images_from.batch_size, 2)
-    acts = observe(teacher, plan, images.split(size), estimate, rng=rng, device=run.device)
+        watched, size = use_batch_statistics(teacher), max(images_from.batch_size, 2)
     ends = _input_ends(images, getattr(images_from, "synthetic", False), run)
-    if ends is not None:
-        acts |= input_params(*ends, plan, input_node(teacher).meta["value"])
-    return {name: q.to(run.device) for name, q in acts.items()}
+    found = []
+    for estimate in estimates:
+        acts = observe(watched, plan, images.split(size), estimate, rng=make_rng(run.seed, "ranges"), device=run.device)
+        if ends is not None:
+            acts |= input_params(*ends, plan, input_node(teacher).meta["value"])
+        found.append({name: q.to(run.device) for name, q in acts.items()})
+    if len(found) == 1:
+        return found[0]
+    batches, alone = images[:512].split(128), replace(plan, weights={})
+    real = outputs(runner(teacher, run.device), batches)
+    students = [insert_fake_quant(folded, alone, acts, {}).to(run.device) for acts in found]
+    return max(zip(found, students), key=lambda pair: sqnr_db(real, outputs(runner(pair[1], run.device), batches)))[0]
 
 
 def _suited(method: Reconstructor, images_from: Any, run: Run) -> Reconstructor:

@@ -101,15 +101,27 @@ def lp(x: Tensor, spec: QuantSpec, ends: Tensor | None = None, *, p: float = 2.4
     return _finish(best_scale, best_zero, torch.maximum(high, -low), spec)
 
 
+def lp_norm(p: float) -> Estimator:
+    """`lp` with norm `p` for activations; for weights, the ordinary one."""
+    return lambda x, spec, ends=None: lp(x, spec, ends, p=2.4 if ends is None else p)
+
+
 ESTIMATORS: dict[str, Estimator] = {"lp": lp, "minmax": minmax, "smoothed": smoothed}
+# Norms that `lp_best` tries: a high one spares the few largest values, a low one the many small. Which is better depends on
+# the network as a whole: in deep ones small errors add up from block to block.
+NORMS = (2.0, 2.4)
 
 
-def estimator(name: str) -> Estimator:
-    """The estimator called `name`.
+# What `--ranges` takes: an estimator, or the search over norms, which looks at the whole network.
+RANGES = (*sorted(ESTIMATORS), "lp_best")
+
+
+def estimators(name: str) -> list[Estimator]:
+    """The estimators that `name` stands for; of several, the one that suits the network best is to be taken.
 
     Raises:
         SpecError: no estimator has that name.
     """
-    if name not in ESTIMATORS:
-        raise SpecError(f"unknown range estimator {name!r}; known: {', '.join(sorted(ESTIMATORS))}")
-    return ESTIMATORS[name]
+    if name not in RANGES:
+        raise SpecError(f"unknown range estimator {name!r}; known: {', '.join(RANGES)}")
+    return [lp_norm(p) for p in NORMS] if name == "lp_best" else [ESTIMATORS[name]]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ptq.errors import SpecError
 from ptq.quant.affine import along_axis, fake_quantize, quantize
-from ptq.quant.ranges import ESTIMATORS, Estimator, estimator, lp, minmax
+from ptq.quant.ranges import ESTIMATORS, NORMS, Estimator, estimators, lp, minmax, smoothed
 from ptq.spec import QuantSpec
 
 SPECS = [
@@ -151,6 +151,25 @@ def test_channels_do_not_influence_each_other():
 
 
 def test_estimators_by_name():
-    assert {name: estimator(name) for name in ("lp", "minmax")} == {"lp": lp, "minmax": minmax}
+    assert {name: estimators(name) for name in ("lp", "minmax")} == {"lp": [lp], "minmax": [minmax]}
     with pytest.raises(SpecError, match=r"unknown range estimator 'mse'; known: lp, minmax"):
-        estimator("mse")
+        estimators("mse")
+
+
+def test_smoothed_is_the_mean_of_chunks():
+    ends = torch.stack([torch.zeros(32), torch.cat([torch.ones(16), torch.full((16,), 3.0)])], 1)
+    ends[0, 1], ends[0, 0] = 5.0, -1.0
+    q = smoothed(torch.empty(0), QuantSpec(8, True, False), ends)
+    # Chunks of 16 images: ends (-1, 5) and (0, 3), in the mean (-0.5, 4).
+    assert float(q.scale) == pytest.approx(4.5 / 255)
+    x = torch.randn(3, 20)
+    assert torch.equal(smoothed(x, QuantSpec(4, True, True, 0)).scale, minmax(x, QuantSpec(4, True, True, 0)).scale)
+
+
+def test_norms_are_tried_on_activations_only():
+    x, spec = torch.randn(4000).abs() ** 3, QuantSpec(4, False, False)
+    ends = torch.stack([x.min(), x.max()]).view(1, 2)
+    scales = [float(f(x, spec, ends).scale) for f in estimators("lp_best")]
+    assert len(scales) == len(NORMS) and scales == sorted(scales) and scales[0] < scales[-1] == float(lp(x, spec).scale)
+    weight, per_row = torch.randn(4, 50), QuantSpec(4, True, False, 0)
+    assert all(torch.equal(f(weight, per_row, None).scale, lp(weight, per_row).scale) for f in estimators("lp_best"))
