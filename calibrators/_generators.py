@@ -61,8 +61,8 @@ class ConvGenerator(nn.Module):
         x = self.norm(self.expand(z)).view(-1, *self.start)
         x = F.leaky_relu(self.norms[0](self.convs[0](x)), 0.2)
         for conv, norm in zip(self.convs[1:], self.norms[1:]):
-            x = F.leaky_relu(norm(up_conv(x, conv)), 0.2)
-        x = torch.sigmoid(up_conv(x, self.convs[-1]))
+            x = F.leaky_relu(norm(up_conv(x, conv)), 0.2)  # type: ignore[arg-type]
+        x = torch.sigmoid(up_conv(x, self.convs[-1]))  # type: ignore[arg-type]
         return self.last(x[:, :, : self.height, : self.width])
 
 

@@ -72,7 +72,7 @@ class Genie:
         z = torch.randn(size, self.latent, generator=rng).to(ctx.device).requires_grad_()
         g = seeded(lambda: GenieGenerator(ctx.input_shape, self.latent), rng).to(ctx.device)
         g.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        model, place = teachers(ctx, rng if self.swing else None), _Placement(*space).to(ctx.device)
+        model, place = teachers(ctx, rng if self.swing else None), _Placement(*space)
         adam_z = torch.optim.Adam([z], lr=self.lr_latent)
         adam_g = torch.optim.Adam([*g.parameters(), *place.trained()], lr=self.lr_generator)
         decay = torch.optim.lr_scheduler.StepLR(adam_g, self.decay_every, self.decay)
@@ -110,8 +110,7 @@ class _Placement(nn.Module):
     def __init__(self, mean: Tensor, std: Tensor) -> None:
         super().__init__()
         self.normalized = bool((mean == 0).all()) and bool((std == 1).all())
-        self.register_buffer("mean", mean.view(1, -1, 1, 1))
-        self.register_buffer("std", std.view(1, -1, 1, 1))
+        self.mean, self.std = mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
         self.shift = nn.Parameter(torch.zeros_like(self.mean))
         self.growth = nn.Parameter(torch.zeros_like(self.std))
 

@@ -35,10 +35,9 @@ class Mix:
     @property
     def teacher_bn(self) -> Literal["running", "batch"]:
         """Statistics that all sources want."""
-        wanted = {source.teacher_bn for source in self.sources}
-        if len(wanted) != 1:
+        if len({source.teacher_bn for source in self.sources}) != 1:
             raise CalibrationError("sources with teacher_bn=batch and with teacher_bn=running cannot be mixed")
-        return wanted.pop()
+        return self.sources[0].teacher_bn
 
     def batches(self, ctx: CalibrationContext) -> Iterator[Tensor]:
         """Batches [B, C, H, W]; see `ptq.contracts.Calibrator`."""

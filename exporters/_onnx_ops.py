@@ -108,7 +108,7 @@ def quantize_value(b: Builder, x: str, name: str, q: QParams, bounds: tuple[int,
 def absorbed_pad(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node is a zero padding of height and width that the convolutions reading it can do themselves."""
     op = find_op(gm, node)
-    if op is None or op.name != "pad" or any(gm.get_submodule(str(node.target)).pads[4:]):
+    if op is None or op.name != "pad" or any(gm.get_submodule(str(node.target)).pads[4:]):  # pyright: ignore[reportIndexIssue]
         return False
     users = [find_op(gm, u) for u in node.users]
     return all(u is not None and u.name == "conv" for u in users)

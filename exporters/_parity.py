@@ -150,7 +150,7 @@ def _per_tensor(gm: fx.GraphModule, path: Path, images: Tensor, batch_size: int)
     with torch.no_grad():
         for x in images.split(batch_size):
             *codes, theirs = session.run([*(f"{v}.codes" for v in values), "output"], {"input": x.numpy()})
-            ours = _Forced(gm, dict(zip(values, codes)), found).run(x.to(device)).cpu()
+            ours = _Forced(gm, dict(zip(values, codes)), found).run(x.to(device)).cpu()  # pyright: ignore[reportArgumentType]
             gap = float((ours - torch.from_numpy(theirs)).abs().max() / ours.abs().max().clamp_min(1e-30))
             worst = max(worst, gap) if gap == gap else float("inf")
     return list(found.values()), worst

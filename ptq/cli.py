@@ -184,7 +184,7 @@ def _baselines(
     assert qm.images is not None
     source = plugins.load("calibrators", qm.manifest.recipe["data"].partition(":")[0])
     again = _Again(qm.images, source.synthetic, len(qm.images))
-    nearest = quantize(model, args.bits, again, rounding="nearest", **common)
+    nearest = quantize(model, args.bits, again, rounding="nearest", **common)  # pyright: ignore[reportArgumentType]
     name = qm.manifest.recipe["rounding"].partition(":")[0]
     runs = {"float": runner(model, _CPU), "nearest": runner(nearest.graph, _CPU)}
     return runs | ({} if name == "nearest" else {name: runner(qm.graph, _CPU)})

@@ -94,7 +94,8 @@ def run_similarity(args: argparse.Namespace) -> int:
     model = load_model(args.model, args.arch, trust_pickle=args.trust_pickle)
     found: dict[str, Similarity] = {}
     with shown(args.quiet or args.json, Console(stderr=True)) as feedback:
-        for text in dict.fromkeys([*([args.reference] if args.reference else []), *args.sets]):
+        texts: list[str] = [*([args.reference] if args.reference else []), *args.sets]
+        for text in dict.fromkeys(texts):
             found[text] = data_similarity(model, _data(text, args), feedback=feedback, **options)
     reference = found[args.reference].mean if args.reference else None
     if args.json:

@@ -22,7 +22,7 @@ class Section:
 
     title: str
     heads: Row
-    rows: list[Row]
+    rows: Sequence[Row]
 
 
 def plan_sections(gm: fx.GraphModule, plan: QuantPlan) -> list[Section]:
@@ -32,7 +32,7 @@ def plan_sections(gm: fx.GraphModule, plan: QuantPlan) -> list[Section]:
         path, weight = str(node.target), gm.get_submodule(str(node.target)).weight
         source = plan.values.get(node.all_input_nodes[0].meta["value"])
         layers.append(
-            [path, _operation(gm, node), "×".join(map(str, weight.shape)), _grid(plan.weights.get(path)), _grid(source)]
+            [path, _operation(gm, node), "×".join(map(str, weight.shape)), _grid(plan.weights.get(path)), _grid(source)]  # pyright: ignore[reportArgumentType]
         )
     values = []
     for node in gm.graph.nodes:

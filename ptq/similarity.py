@@ -86,6 +86,12 @@ def similarity(
     return _result(teacher, sums, seen)
 
 
+def _running(teacher: fx.GraphModule, path: str) -> tuple[Tensor, Tensor]:
+    norm = teacher.get_submodule(path)
+    assert isinstance(norm, BATCH_NORMS) and norm.running_mean is not None and norm.running_var is not None
+    return norm.running_mean, norm.running_var
+
+
 def _result(teacher: fx.GraphModule, sums: Mapping[str, _Sums], images: int) -> Similarity:
     layers, odd = {}, []
     for name, total in sums.items():
@@ -94,8 +100,7 @@ def _result(teacher: fx.GraphModule, sums: Mapping[str, _Sums], images: int) -> 
         mean, var = total.moments()
         running_mean, running_var = torch.zeros_like(mean), torch.ones_like(var)
         if name != "input":
-            norm = teacher.get_submodule(name)
-            running_mean, running_var = norm.running_mean.double().cpu(), norm.running_var.double().cpu()  # type: ignore[operator, union-attr]
+            running_mean, running_var = (v.double().cpu() for v in _running(teacher, name))
         layers[name] = float(gaussian_kl(running_mean, running_var, mean, var).mean())
         dead = bool((running_var < _TINY).any())
         if not layers[name] < (_HUGE if dead else float("inf")):

@@ -1,7 +1,9 @@
 """Calibration images of a run: which source, from which networks, gathered and checked."""
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -191,19 +193,21 @@ def batches_of(source: Any, networks: tuple[fx.GraphModule, ...], run: Run) -> I
 
 def _settings(source: Any, run: Run) -> dict[str, Any]:
     """All that images depend on, besides the networks."""
+    files = {f.name: getattr(source, f.name) for f in fields(source) if isinstance(getattr(source, f.name), Path)}
+    read = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items() if path.is_file()}
     return {
-        "source": plugins.describe(source), "seed": run.seed, "shape": run.shape, "device": run.device.type,
-        "mean": floats(run.mean), "std": floats(run.std),
+        "source": plugins.describe(source), "files": read, "seed": run.seed, "shape": run.shape, "device": run.device.type,
+        "mean": floats(run.mean), "std": floats(run.std), "ptq": version("ptq"),
     }  # fmt: skip
 
 
-def _from_python(source: Any, size: int = 64) -> Iterator[Tensor]:
+def _from_python(source: Any, size: int = 64) -> Iterator[Any]:
     """Batches of a tensor, a Dataset, a DataLoader or an iterable; of (images, labels) pairs, the images."""
     if isinstance(source, Tensor):
         yield source
         return
     items = (
-        (source[i] for i in range(len(source)))
+        (source[i] for i in range(len(source)))  # type: ignore[arg-type]
         if isinstance(source, Dataset) and hasattr(source, "__len__")
         else source
     )

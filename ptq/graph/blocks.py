@@ -90,7 +90,7 @@ def _block(gm: fx.GraphModule, inside: list[fx.Node], layers: set[fx.Node]) -> B
     paths = tuple(str(n.target) for n in inside if n in layers)
     owners = {n.meta["owner"] for n in inside if n in layers}
     owner = owners.pop() if len(owners) == 1 else ""
-    return Block(owner if owner and len(paths) > 1 else paths[0], tuple(inputs), tuple(outputs), paths)
+    return Block(owner if owner and len(paths) > 1 else paths[0], tuple(inputs), tuple(outputs), paths)  # pyright: ignore[reportGeneralTypeIssues]
 
 
 def input_value_node(gm: fx.GraphModule) -> fx.Node:

@@ -34,13 +34,13 @@ def fold_batch_norm(gm: fx.GraphModule) -> fx.GraphModule:
 
 def _fold(layer: nn.Module, norm: nn.Module) -> None:
     # In float64: a division by a small variance must not cost the digits that the comparison afterwards checks.
-    std = (norm.running_var.double() + norm.eps).sqrt()
-    gain = (norm.weight.double() if norm.weight is not None else torch.ones_like(std)) / std
+    std = (norm.running_var.double() + norm.eps).sqrt()  # pyright: ignore[reportOperatorIssue]
+    gain = (norm.weight.double() if norm.weight is not None else torch.ones_like(std)) / std  # pyright: ignore[reportOperatorIssue]
     shift = norm.bias.double() if norm.bias is not None else torch.zeros_like(std)
     bias = layer.bias.double() if layer.bias is not None else torch.zeros_like(std)
-    weight = layer.weight.double() * gain.reshape(-1, *[1] * (layer.weight.ndim - 1))
+    weight = layer.weight.double() * gain.reshape(-1, *[1] * (layer.weight.ndim - 1))  # pyright: ignore[reportOperatorIssue]
     layer.weight = _frozen(weight)
-    layer.bias = _frozen((bias - norm.running_mean.double()) * gain + shift)
+    layer.bias = _frozen((bias - norm.running_mean.double()) * gain + shift)  # pyright: ignore[reportOperatorIssue]
 
 
 def _frozen(x: Tensor) -> nn.Parameter:

@@ -58,14 +58,14 @@ class IntegerLayer(nn.Module):
         self.register_buffer("scale", source.scale.detach() * q.scale.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        q = torch.round(x / self.source_scale).to(self.dtype)
+        q = torch.round(x / self.source_scale).to(self.dtype)  # pyright: ignore[reportOperatorIssue]
         m = self.layer
         if isinstance(m, nn.Conv2d):
             total = F.conv2d(q, self.codes, None, m.stride, m.padding, m.dilation, m.groups).double()  # type: ignore[arg-type]
-            total = total if self.bias is None else total + self.bias.view(1, -1, 1, 1)
+            total = total if self.bias is None else total + self.bias.view(1, -1, 1, 1)  # pyright: ignore[reportCallIssue]
         else:
             total = F.linear(q, self.codes).double()  # type: ignore[arg-type]
-            total = total if self.bias is None else total + self.bias
+            total = total if self.bias is None else total + self.bias  # pyright: ignore[reportOperatorIssue]
         return total.float()
 
 
@@ -78,7 +78,7 @@ class Requantize(_Quantizer):
 
     def forward(self, total: Tensor) -> Tensor:
         multiplier = self.multiplier if total.ndim == 2 else self.multiplier.reshape(-1, 1, 1)  # type: ignore[operator]
-        return self.finish(torch.round(total * multiplier) + self.q.zero_point)
+        return self.finish(torch.round(total * multiplier) + self.q.zero_point)  # pyright: ignore[reportOperatorIssue]
 
 
 class Rescale(nn.Module):
@@ -155,7 +155,7 @@ def to_integer(student: fx.GraphModule) -> fx.GraphModule:
 def _replace_quantizer(gm: fx.GraphModule, node: fx.Node, student: fx.GraphModule) -> None:
     """Puts the kernel that ends in quantizer `node` in its place; grids are looked up in `student`, which still has them all."""
     q, raw = gm.get_submodule(str(node.target)).qparams, node.all_input_nodes[0]  # type: ignore[operator, union-attr]
-    bounds = code_bounds(gm, raw, q)
+    bounds = code_bounds(gm, raw, q)  # pyright: ignore[reportArgumentType]
     merged = (
         raw.op == "call_module" and len(raw.all_input_nodes) == 1 and merged_clamp(gm, raw.all_input_nodes[0]) is raw
     )
@@ -172,15 +172,15 @@ def _replace_quantizer(gm: fx.GraphModule, node: fx.Node, student: fx.GraphModul
     elif producer.target is operator.add:
         operands = tuple(a for a in producer.args if isinstance(a, fx.Node))
         pair = sources if len(sources) == 2 else sources * 2
-        _become(gm, node, IntegerAdd(pair[0], pair[1], q, bounds), operands)
+        _become(gm, node, IntegerAdd(pair[0], pair[1], q, bounds), operands)  # pyright: ignore[reportArgumentType]
     elif (
         op.name == "avg_pool"
-        and list(gm.get_submodule(str(producer.target)).kernel_size)
+        and list(gm.get_submodule(str(producer.target)).kernel_size)  # pyright: ignore[reportArgumentType]
         == list(  # type: ignore[arg-type]
             producer.all_input_nodes[0].meta["shape"][-2:]
         )
     ):
-        _become(gm, node, IntegerMean(sources[0], q, bounds), (producer.all_input_nodes[0],))
+        _become(gm, node, IntegerMean(sources[0], q, bounds), (producer.all_input_nodes[0],))  # pyright: ignore[reportArgumentType]
 
 
 def _replace_result(gm: fx.GraphModule, node: fx.Node, source: QParams) -> None:

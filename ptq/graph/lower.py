@@ -120,7 +120,7 @@ def _getitem(call: Call) -> list[Step]:
         raise Unsupported(f"index {index}; slices along channels, height and width are supported")
     cuts = []
     for dim, (cut, size) in enumerate(zip(index[1:], call.shape), start=1):
-        start, stop, step = cut.indices(size)
+        start, stop, step = cut.indices(size)  # pyright: ignore[reportGeneralTypeIssues]
         if (start, stop, step) != (0, size, 1):
             cuts.append((dim, start, stop, step))
     return [Slice(tuple(cuts))] if cuts else []
@@ -234,7 +234,7 @@ def _conv(m: nn.Conv2d) -> nn.Module:
 def _max_pool_module(m: nn.MaxPool2d) -> nn.Module:
     if m.return_indices:
         raise Unsupported("max pooling that returns indices")
-    return _max_pool(Call((None, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode), {}, (), ()))[0]
+    return _max_pool(Call((None, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode), {}, (), ()))[0]  # pyright: ignore[reportReturnType]
 
 
 def _norm(m: nn.BatchNorm1d | nn.BatchNorm2d) -> nn.Module:

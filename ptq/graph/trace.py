@@ -45,7 +45,7 @@ class _Recorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        shapes = fx.node.map_aggregate((args, kwargs), _shape_only)
+        shapes = fx.node.map_aggregate((args, kwargs), _shape_only)  # pyright: ignore[reportAttributeAccessIssue]
         result = super().run_node(n)
         self.calls[n] = (*shapes, _shape_only(result))  # type: ignore[misc]
         return result
@@ -211,7 +211,7 @@ def _lower(gm: fx.GraphModule, calls: dict[fx.Node, tuple[Any, ...]]) -> None:
 
 def _has_tensor_input(node: fx.Node, call: tuple[Any, ...]) -> bool:
     found: list[Any] = []
-    fx.node.map_aggregate(call[:2], lambda a: found.append(a) if isinstance(a, TensorShape) else None)
+    fx.node.map_aggregate(call[:2], lambda a: found.append(a) if isinstance(a, TensorShape) else None)  # pyright: ignore[reportAttributeAccessIssue]
     return node.op != "get_attr" and bool(found)
 
 

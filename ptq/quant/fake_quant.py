@@ -103,9 +103,9 @@ def set_weight_fake_quant(layer: nn.Module, q: QParams) -> None:
 def swap(layer: nn.Module, name: str, module: nn.Module, original: Tensor | None = None) -> None:
     """Replaces the parametrization of `layer.<name>`, and the tensor it reads where one is given."""
     held = layer.parametrizations[name]  # type: ignore[index]
-    held[0] = module
+    held[0] = module  # pyright: ignore[reportArgumentType]
     if original is not None:
-        held.original = nn.Parameter(original, requires_grad=False)
+        held.original = nn.Parameter(original, requires_grad=False)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def store_integer(layer: nn.Module, name: str, codes: Tensor, q: QParams) -> None:
@@ -129,7 +129,7 @@ def store_integer_bias(layer: nn.Module, input_scale: Tensor, weight_scale: Tens
         return
     q = bias_params(input_scale, weight_scale)
     limit = 2**30  # half of int32: the accumulator itself needs room beside the bias
-    codes = torch.round(bias.detach().double() / q.scale.double()).clamp(-limit, limit)
+    codes = torch.round(bias.detach().double() / q.scale.double()).clamp(-limit, limit)  # pyright: ignore[reportCallIssue]
     store_integer(layer, "bias", codes, q)
 
 
@@ -141,7 +141,7 @@ def integer_codes(layer: nn.Module, name: str) -> tuple[Tensor, QParams] | None:
     if not parametrize.is_parametrized(layer, name):
         return None
     held = layer.parametrizations[name]  # type: ignore[index]
-    grid, original = held[0], held.original
+    grid, original = held[0], held.original  # pyright: ignore[reportAttributeAccessIssue]
     if isinstance(grid, Dequantize):
         return original.detach().to(torch.int32), grid.qparams
     return (quantize(original.detach(), grid.qparams), grid.qparams) if isinstance(grid, WeightFakeQuant) else None

@@ -116,7 +116,7 @@ class _Job:
 
     def error(self) -> float:
         """The block's error with biases on the accumulator's grid, as they will be; afterwards they are float again."""
-        biases = [None if layer.bias is None else layer.bias.detach().clone() for layer in self.layers]
+        biases = [None if layer.bias is None else layer.bias.detach().clone() for layer in self.layers]  # pyright: ignore[reportCallIssue]
         _round_biases(self.student, self.block)
         error = float(block_error(run_all(self.module, self.student_in, self.device), self.targets))
         for layer, bias in zip(self.layers, biases):

@@ -40,7 +40,7 @@ class SoftRound(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         soft = (self.base + self.softness()).clamp(self.spec.qmin, self.spec.qmax)  # type: ignore[operator]
-        return (soft - self.shift) * along_axis(self.scale, soft.ndim, self.spec.axis)
+        return (soft - self.shift) * along_axis(self.scale, soft.ndim, self.spec.axis)  # pyright: ignore[reportOperatorIssue]
 
     @torch.no_grad()
     def harden(self) -> tuple[Tensor, QParams]:
