@@ -3,10 +3,10 @@
     python benchmarks/data_sources.py --networks resnet20 --count 256 --steps 200 --iterations 500
     python benchmarks/data_sources.py --table
 
-One row per network × source × seed, written as soon as it is known; a row that is there is not made again, nor are its images.
-J_KL is the paper's data similarity, small for images that look like the training data to the network; seconds are those of
-making the images; then top-1 accuracy of the integer network, or, where the pictures are ImageNet's, its agreement with float.
-Real pictures stand last. Uses the public API only.
+One row per network × source × seed, written as soon as it is known; a row that is there is not made again. J_KL is the paper's
+data similarity, small for images that look like the training data to the network; seconds are those of making the images, which
+are not kept; then top-1 accuracy of the integer network, or, where the pictures are ImageNet's, its agreement with float. Real
+pictures stand last. Uses the public API only.
 """
 
 import argparse
@@ -26,7 +26,7 @@ SOURCES = (
     "gaussian", "gaussian:teacher_bn=batch", "inceptionism", "bn_stats", "bn_stats:inception=0.1", "bn_stats:objective=mse",
     "zeroq", "zeroq:swing=true", "genie:swing=false", "genie", "dgh", "nayer", "vae_replay", "mix:genie+bn_stats", "real",
 )  # fmt: skip
-_KEYS = ("network", "source", "count", "steps", "iterations", "seed")
+_KEYS = ("network", "source", "count", "batch", "steps", "iterations", "bits", "rounding", "device", "seed")
 _AGREEMENT = ("mobilenet_v1_025",)  # networks with too few pictures for an accuracy
 
 
@@ -41,8 +41,10 @@ def main() -> None:
         network = load(name, args.shared)
         for seed in range(args.seeds):
             for source in args.sources.split(";"):
-                key = {"network": name, "source": source, "count": args.count, "steps": args.steps}
-                key |= {"iterations": args.iterations, "seed": seed}
+                key = {
+                    k: getattr(args, k) for k in ("count", "batch", "steps", "iterations", "bits", "rounding", "device")
+                }
+                key |= {"network": name, "source": source, "seed": seed}
                 if rows.find(**key) is None:
                     rows.add(row := key | _measure(network, source, seed, args))
                     print(row, flush=True)
@@ -76,7 +78,7 @@ def _measure(network: Network, source: str, seed: int, args: argparse.Namespace)
         "device": args.device,
     }
     start = time.perf_counter()
-    images = _images(network, source, seed, args, common)
+    images = _images(network, source, seed, args, common)  # without a cache: its time is part of the result
     row: dict[str, Any] = {"seconds": round(time.perf_counter() - start, 1)}
     try:
         row["j_kl"] = ptq.data_similarity(network.model, images, **common).mean
@@ -85,7 +87,7 @@ def _measure(network: Network, source: str, seed: int, args: argparse.Namespace)
     for bits in args.bits.split(","):
         for method in args.rounding.split(","):
             row[f"{bits} {method}"] = _quality(network, source, images, bits, method, args, common)
-    return row | {"device": args.device, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    return row | {"torch": torch.__version__, "threads": torch.get_num_threads()}
 
 
 def _images(network: Network, source: str, seed: int, args: argparse.Namespace, common: dict[str, Any]) -> Tensor:
@@ -99,7 +101,7 @@ def _images(network: Network, source: str, seed: int, args: argparse.Namespace, 
         text = text.replace("genie", f"genie(steps={args.steps})").replace("bn_stats", f"bn_stats(steps={args.steps})")
     elif kind not in ("gaussian", "nayer"):  # NAYER's images come of many short rounds: its own presets say how many
         text += f",steps={args.steps}"
-    return ptq.synthesize(network.model, text, cache=args.out.parent / "cache" / "images", **common).images
+    return ptq.synthesize(network.model, text, **common).images
 
 
 def _quality(
@@ -115,7 +117,7 @@ def _quality(
     rounding = method if method == "nearest" else f"{method}:steps={args.iterations},batch_size={args.recon_batch}"
     data: Any = images
     if "teacher_bn=batch" in source:  # how the teacher normalizes is the source's to say
-        data = f"gaussian:teacher_bn=batch,count={args.count}"
+        data = f"gaussian:teacher_bn=batch,count={args.count},batch_size={args.batch}"
     qm = ptq.quantize(network.model, bits, data, rounding=rounding, **common)
     with torch.no_grad():
         found = torch.cat([qm.graph(x) for x in network.x.split(128)]).argmax(1)
@@ -130,7 +132,7 @@ def _table(rows: Rows) -> str:
     parts = []
     for size in dict.fromkeys(tuple(row[k] for k in _KEYS if k not in ("source", "seed")) for row in rows.rows):
         here = [r for r in rows.rows if tuple(r[k] for k in _KEYS if k not in ("source", "seed")) == size]
-        figures = [k for k in here[0] if k.startswith("w")]
+        figures = [k for k in here[0] if k.startswith("w") and " " in k]
         heads = ["source", "J_KL", "seconds", *figures]
         lines = []
         for source in SOURCES:
@@ -138,7 +140,7 @@ def _table(rows: Rows) -> str:
             cells = [_cell(found, name) for name in ("j_kl", "seconds", *figures)]
             lines.append([source, *cells] if found else [source, *["not run"] * (len(heads) - 1)])
         what = "agreement with float" if size[0] in _AGREEMENT else "top-1"
-        title = f"{size[0]}, {size[1]} images, {size[2]} steps, {size[3]} iterations a block; {what} in per cent"
+        title = f"{size[0]}, {size[1]} images, {size[3]} steps, {size[4]} iterations a block; {what} in per cent"
         parts.append(f"**{title}**\n\n{markdown(heads, lines)}")
     return "\n\n".join(parts)
 

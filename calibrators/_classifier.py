@@ -1,6 +1,6 @@
 """What a classifier tells of its classes: their number, their rows, the features they are read from."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -25,6 +25,30 @@ def classes(model: fx.GraphModule) -> int:
             "use '--data genie' or real pictures, '--data images:PATH'"
         )
     return shape[0]
+
+
+def common_classes(models: tuple[fx.GraphModule, ...]) -> int:
+    """K of several networks.
+
+    Raises:
+        CalibrationError: one is no classifier, or they differ in their number of classes.
+    """
+    found = [classes(model) for model in models]
+    if len(set(found)) != 1:
+        raise CalibrationError(
+            f"networks with {', '.join(map(str, found))} classes found; images of classes need the same"
+        )
+    return found[0]
+
+
+def average(loss: Callable[[Tensor], Tensor], logits: list[Tensor]) -> Tensor:
+    """The mean of a loss over the outputs of several networks."""
+    return torch.stack([loss(out) for out in logits]).mean()
+
+
+def confident(logits: Tensor) -> Tensor:
+    """Cross-entropy of predictions to their own largest class."""
+    return F.cross_entropy(logits, logits.argmax(1))
 
 
 def _last_layer(model: fx.GraphModule) -> nn.Module:
@@ -67,5 +91,6 @@ def balance(logits: Tensor) -> Tensor:
 
 
 def balanced_labels(count: int, number: int, rng: torch.Generator) -> Tensor:
-    """`count` labels of `number` classes, each as often as any other, in random order."""
-    return torch.arange(count)[torch.randperm(count, generator=rng)] % number
+    """`count` labels of `number` classes: all of them in random order, and again, so that any run of `number` has each once."""
+    rounds = [torch.randperm(number, generator=rng) for _ in range(-(-count // number))]
+    return torch.cat(rounds)[:count]

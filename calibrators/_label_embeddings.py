@@ -1,5 +1,6 @@
 """One vector per class, in which classes that are alike are near each other."""
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ def _from_file(path: Path) -> Tensor:
         loaded = np.load(path, allow_pickle=False)
         array = loaded if isinstance(loaded, np.ndarray) else loaded[loaded.files[0]]
         return torch.from_numpy(np.asarray(array, dtype=np.float32))
-    except (OSError, ValueError, IndexError, EOFError) as e:
+    except (OSError, ValueError, IndexError, EOFError, zipfile.BadZipFile) as e:
         raise CalibrationError(f"{path} is not a readable .npz or .npy file of label embeddings: {e}") from e
 
 
@@ -60,6 +61,6 @@ def _encoded(path: Path, encoder: str) -> Tensor:
     try:
         model = SentenceTransformer(encoder, device="cpu")
     except Exception as e:  # whatever its hub or its files raise
-        raise CalibrationError(f"the sentence encoder {encoder!r} cannot be loaded: {str(e).splitlines()[0]}") from e
+        raise CalibrationError(f"the sentence encoder {encoder!r} cannot be loaded: {type(e).__name__}: {e}") from e
     vectors = model.encode([_PROMPT.format(name) for name in lines if name], convert_to_numpy=True)
     return torch.from_numpy(np.asarray(vectors))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ptq.graph.taps import EPS, Tap, Taps, gaussian_kl, moments
+from ptq.graph.taps import EPS, Tap, Taps, alive, gaussian_kl, moments
 
 
 def std_loss(taps: Taps) -> Tensor:
@@ -37,10 +37,14 @@ def kl_loss(taps: Taps) -> Tensor:
     """J_KL: mean over layers and channels of KL( N(μ_l, σ_l²) ‖ N(m_l, s_l²) ).
 
     Ref: Haroush et al., The Knowledge Within, CVPR 2020, eq. 1-3.
+    Differs: channels that were constant in training are left out; their divergence would drown all others.
     """
-    return torch.stack(
-        [gaussian_kl(tap.running_mean, tap.running_var, tap.mean, tap.var).mean() for tap in taps.seen]
-    ).mean()
+    terms = []
+    for tap in taps.seen:
+        counted = alive(tap.running_var)
+        kl = gaussian_kl(tap.running_mean, tap.running_var, tap.mean, tap.var)
+        terms.append(torch.where(counted, kl, torch.zeros_like(kl)).sum() / counted.sum().clamp_min(1))
+    return torch.stack(terms).mean()
 
 
 def variance_loss(taps: Taps) -> Tensor:

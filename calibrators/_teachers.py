@@ -10,15 +10,14 @@ from ptq.contracts import CalibrationContext
 
 
 class Teachers(nn.Module):
-    """Shows images to every network; the result is the first one's."""
+    """Shows images to every network: `[B, C, H, W]` → each one's output, in order."""
 
     def __init__(self, models: list[nn.Module]) -> None:
         super().__init__()
         self.models = nn.ModuleList(models)
 
-    def forward(self, x: Tensor) -> Tensor:
-        first, *_ = [model(x) for model in self.models]
-        return first
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [model(x) for model in self.models]
 
 
 def teachers(ctx: CalibrationContext, swing: torch.Generator | None = None) -> Teachers:

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal, Self
 
 import torch
 from ptq.calibrators._augment import duplicates
-from ptq.calibrators._classifier import balanced_labels, classes
+from ptq.calibrators._classifier import average, balanced_labels, common_classes
 from ptq.calibrators._input_space import Space, pixel_space
 from ptq.calibrators._losses import image_std_loss, inception, input_kl, kl_loss, moment_loss, smoothness
 from ptq.calibrators._pixels import fit_pixels
@@ -23,7 +23,8 @@ from ptq.calibrators._teachers import teachers
 from torch import Tensor
 
 from ptq.contracts import CalibrationContext, Presets
-from ptq.graph.taps import Taps, tap_batch_norms
+from ptq.errors import CalibrationError
+from ptq.graph.taps import Taps, dead_channels, tap_batch_norms
 
 __all__ = ["BnStats"]
 
@@ -54,9 +55,19 @@ class BnStats:
     synthetic: ClassVar[bool] = True
     presets: ClassVar[Presets] = {"quick": {"count": 256, "steps": 100}, "standard": {"count": 512, "steps": 250}}
 
+    def __post_init__(self) -> None:
+        if self.augment < 1 or self.scale <= 0:
+            raise CalibrationError(
+                f"augment={self.augment}, scale={self.scale} given; augment is at least 1, scale above 0"
+            )
+
     def batches(self, ctx: CalibrationContext) -> Iterator[Tensor]:
         """Batches [B, C, H, W]; see `ptq.contracts.Calibrator`."""
         space, count = pixel_space(ctx), StepCount(ctx, self.steps)
+        dead = dead_channels(ctx.model)
+        if dead and self.objective == "kl":
+            shown = ", ".join(f"{path} ({number})" for path, number in list(dead.items())[:5])
+            ctx.feedback.note(f"channels that were constant in training are left out of the divergence: {shown}")
         for k, size in enumerate(ctx.sizes()):
             yield ctx.batch(k, partial(self._distil, ctx, space, max(size, 2), partial(count.step, k)))[:size]
             count.batch(k)
@@ -72,7 +83,9 @@ class BnStats:
         model = teachers(ctx)
         targets = None
         if self.inception:
-            targets = balanced_labels(size, classes(ctx.model), rng).repeat(self.augment).to(ctx.device)
+            targets = (
+                balanced_labels(size, common_classes((ctx.model, *ctx.others)), rng).repeat(self.augment).to(ctx.device)
+            )
         start = space.clip(torch.randn(size, *ctx.input_shape, generator=rng).to(ctx.device))
         with tap_batch_norms(model.models) as taps:
 
@@ -81,7 +94,9 @@ class BnStats:
                 views = duplicates(u, self.augment, rng)
                 logits = model(space.place(views))
                 value = self._statistics(taps, views) + self.smoothness * smoothness(views)
-                return value if targets is None else value + self.inception * inception(logits, targets, self.scale)
+                if targets is None:
+                    return value
+                return value + self.inception * average(lambda out: inception(out, targets, self.scale), logits)
 
             return space.place(
                 fit_pixels(

@@ -9,8 +9,6 @@ Ref: Dikstein et al., Data Generation for Hardware-Friendly Post-Training Quanti
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -63,8 +61,9 @@ class Dgh:
         """Batches [B, C, H, W]; see `ptq.contracts.Calibrator`."""
         run = _Run(self, ctx)
         ends = [round(part * self.steps / _PARTS) for part in range(_PARTS + 1)]
-        for part, (first, last) in enumerate(pairwise(ends)):
-            ctx.batch(part, partial(run.advance, first, last), {"set": run.set})
+        for part in range(ctx.restore({"set": run.set}), _PARTS):
+            run.advance(ends[part], ends[part + 1], ctx.rng_of(part))
+            ctx.keep(part + 1, {"set": run.set})
         ctx.feedback.progress("synthesis", run.count.total, run.count.total)
         for k, size in enumerate(ctx.sizes()):
             yield run.finished(k)[:size]
@@ -78,9 +77,12 @@ class Dgh:
 class _ImageSet:
     """All images, their optimizers and every batch's statistics, in host memory."""
 
-    def __init__(self, options: Dgh, sizes: list[int], shape: tuple[int, int, int], rng: torch.Generator) -> None:
+    def __init__(
+        self, options: Dgh, sizes: list[int], shape: tuple[int, int, int], space: Space, rng: torch.Generator
+    ) -> None:
         self.options = options
         self.pixels = [torch.randn(size, *shape, generator=rng).requires_grad_() for size in sizes]
+        self.clip([*range(len(sizes))], space)
         self.optimizers = [torch.optim.RAdam([u], lr=options.lr) for u in self.pixels]
         self.schedules = [
             torch.optim.lr_scheduler.ReduceLROnPlateau(o, factor=0.5, patience=options.patience)
@@ -88,6 +90,11 @@ class _ImageSet:
         ]
         self.statistics: list[list[tuple[Tensor, Tensor]]] = [[] for _ in sizes]  # per batch and layer: Σx / n, Σx² / n
         self.unit: float | None = None  # root mean square of the first gradient
+
+    def clip(self, batches: list[int], space: Space) -> None:
+        """Brings pixels back to valid ones: outside, where they are clipped before use, they would have no gradient."""
+        for k in batches:
+            self.pixels[k].data.copy_(space.clip(self.pixels[k].detach().to(space.mean.device)))
 
     def step(self, k: int, gradient: Tensor, loss: float) -> None:
         """One step of batch `k`'s pixels."""
@@ -128,11 +135,11 @@ class _Run:
         channels, height, width = ctx.input_shape
         self.pad = max(1, round(options.margin * max(height, width) / 2))
         larger = (channels, height + 2 * self.pad, width + 2 * self.pad)
-        self.set = _ImageSet(options, self.sizes, larger, ctx.rng)
+        self.set = _ImageSet(options, self.sizes, larger, self.space, ctx.rng)
         self.count = StepCount(ctx, options.steps, len(self.sizes))
 
-    def advance(self, first: int, last: int, rng: torch.Generator) -> Tensor:
-        """Steps first … last of every batch. Returns no images: they are part of the set's state."""
+    def advance(self, first: int, last: int, rng: torch.Generator) -> None:
+        """Steps first … last of every batch."""
         model = teachers(self.ctx)
         with tap_batch_norms(model.models) as taps:
             for k in range(len(self.sizes)):
@@ -144,13 +151,12 @@ class _Run:
                 for turn, k in enumerate(torch.randperm(len(self.sizes), generator=rng).tolist()):
                     loss = self._step(model, taps, k, rng)
                     self.count.step(0, step * len(self.sizes) + turn, loss)
-        return torch.empty(0)
 
     @torch.enable_grad()
     def _step(self, model: Teachers, taps: Taps, k: int, rng: torch.Generator) -> Tensor:
         u = self.set.pixels[k].detach().to(self.ctx.device).requires_grad_()
-        logits = self._look(model, taps, u, rng)
-        spread = (logits.flatten(1).amax(1) - logits.flatten(1).amin(1)).mean()
+        outputs = self._look(model, taps, u, rng)
+        spread = torch.stack([(out.flatten(1).amax(1) - out.flatten(1).amin(1)).mean() for out in outputs]).mean()
         loss = self._set_loss(taps, k) - self.options.stretch * spread
         (gradient,) = torch.autograd.grad(loss, u)
         value = float(loss.detach())
@@ -158,12 +164,13 @@ class _Run:
             raise CalibrationError("synthesis diverged: the loss is not a number; lower lr")
         self.set.statistics[k] = _raw(taps)
         self.set.step(k, gradient, value)
+        self.set.clip([k], self.space)
         return loss
 
-    def _look(self, model: Teachers, taps: Taps, u: Tensor, rng: torch.Generator) -> Tensor:
-        """The logits of an augmented view of the images."""
+    def _look(self, model: Teachers, taps: Taps, u: Tensor, rng: torch.Generator) -> list[Tensor]:
+        """The outputs for an augmented view of the images."""
         taps.seen.clear()
-        view = shift_and_flip(smooth(self.space.clip(u)), rng, pad=0)
+        view = shift_and_flip(smooth(u), rng, pad=0)
         top, left = (int(v) for v in torch.randint(2 * self.pad + 1, (2,), generator=rng))
         height, width = self.ctx.input_shape[1:]
         return model(self.space.place(view[:, :, top : top + height, left : left + width]))
@@ -187,7 +194,7 @@ class _Run:
     def finished(self, k: int) -> Tensor:
         """Batch `k`: smoothed, the centre, clipped."""
         with torch.no_grad():
-            u = smooth(self.space.clip(self.set.pixels[k].detach().to(self.ctx.device)))
+            u = smooth(self.set.pixels[k].detach().to(self.ctx.device))
             return self.space.place(F.pad(u, (-self.pad,) * 4)).contiguous()
 
 

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal, Self
 
 import torch
 from ptq.calibrators._augment import duplicates
-from ptq.calibrators._classifier import balanced_labels, classes
+from ptq.calibrators._classifier import average, balanced_labels, common_classes
 from ptq.calibrators._input_space import Space, pixel_space
 from ptq.calibrators._losses import inception, smoothness
 from ptq.calibrators._pixels import fit_pixels
@@ -22,6 +22,7 @@ from ptq.calibrators._teachers import teachers
 from torch import Tensor
 
 from ptq.contracts import CalibrationContext, Presets
+from ptq.errors import CalibrationError
 
 __all__ = ["Inceptionism"]
 
@@ -50,9 +51,15 @@ class Inceptionism:
     synthetic: ClassVar[bool] = True
     presets: ClassVar[Presets] = {"quick": {"count": 256, "steps": 100}, "standard": {"count": 512, "steps": 250}}
 
+    def __post_init__(self) -> None:
+        if self.augment < 1 or self.scale <= 0:
+            raise CalibrationError(
+                f"augment={self.augment}, scale={self.scale} given; augment is at least 1, scale above 0"
+            )
+
     def batches(self, ctx: CalibrationContext) -> Iterator[Tensor]:
         """Batches [B, C, H, W]; see `ptq.contracts.Calibrator`."""
-        space, count, number = pixel_space(ctx), StepCount(ctx, self.steps), classes(ctx.model)
+        space, count, number = pixel_space(ctx), StepCount(ctx, self.steps), common_classes((ctx.model, *ctx.others))
         for k, size in enumerate(ctx.sizes()):
             yield ctx.batch(k, partial(self._distil, ctx, space, (size, number), partial(count.step, k)))
             count.batch(k)
@@ -69,7 +76,8 @@ class Inceptionism:
         def loss(u: Tensor) -> Tensor:
             views = duplicates(u, self.augment, rng)
             logits = model(space.place(views))
-            return inception(logits, targets, self.scale) + self.smoothness * smoothness(views)
+            value = average(lambda out: inception(out, targets, self.scale), logits)
+            return value + self.smoothness * smoothness(views)
 
         return space.place(
             fit_pixels(start, loss, steps=self.steps, lr=self.lr, patience=self.patience, clip=space.clip, done=done)

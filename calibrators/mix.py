@@ -20,7 +20,7 @@ __all__ = ["Mix"]
 @dataclass(frozen=True)
 class Mix:
     """Images of several sources, one after the other. sources: "genie+bn_stats", each with options in parentheses,
-    "genie(steps=300)+gaussian". count: images in all; batch_size: at most so many a batch, and as a source says."""
+    "genie(steps=300)+gaussian". count: images in all, whatever a source says; batch_size: at most so many a batch."""
 
     sources: tuple[Calibrator, ...]
     count: int = 1024
@@ -31,12 +31,15 @@ class Mix:
     synthetic: ClassVar[bool] = True
     presets: ClassVar[Presets] = {"quick": {"count": 256}, "standard": {"count": 512}}
     positional: ClassVar[str] = "sources"
+    example: ClassVar[str] = "genie+gaussian"
+
+    def __post_init__(self) -> None:
+        if len({source.teacher_bn for source in self.sources}) != 1:
+            raise CalibrationError("sources with teacher_bn=batch and with teacher_bn=running cannot be mixed")
 
     @property
     def teacher_bn(self) -> Literal["running", "batch"]:
         """Statistics that all sources want."""
-        if len({source.teacher_bn for source in self.sources}) != 1:
-            raise CalibrationError("sources with teacher_bn=batch and with teacher_bn=running cannot be mixed")
         return self.sources[0].teacher_bn
 
     def batches(self, ctx: CalibrationContext) -> Iterator[Tensor]:

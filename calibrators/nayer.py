@@ -15,7 +15,7 @@ from typing import ClassVar, Literal, Self
 import torch
 import torch.nn.functional as F
 from ptq.calibrators._augment import shift_and_flip
-from ptq.calibrators._classifier import balanced_labels, classes
+from ptq.calibrators._classifier import average, balanced_labels, classes, common_classes
 from ptq.calibrators._generators import ConvGenerator, seeded
 from ptq.calibrators._input_space import Space, pixel_space
 from ptq.calibrators._label_embeddings import label_embeddings
@@ -40,7 +40,7 @@ class Nayer:
     only images on which it agrees with the teacher. reset: rounds a generator lives. warmup: rounds of each generator that
     give no images. pad: border of the random crop before the networks, in pixels.
     input: "labels", or for comparison "one_hot" (the same through one-hot labels) and "noise" (N(0, 1) straight into the
-    generator). noisy: "shared", one noisy layer for all classes (K-to-1), or "each", one per image (1-to-1).
+    generator). noisy: "shared", one noisy layer for each set of all K classes (K-to-1), or "each", one per image (1-to-1).
     embeddings: .npz or .npy with label embeddings [classes, D]; names: text file of class names, encoded by `encoder`
     (extra `text`); default: the rows of the teacher's classifier.
     """
@@ -71,10 +71,14 @@ class Nayer:
         "standard": {"count": 512, "batch_size": 128, "steps": 60, "warmup": 6},
     }
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup < self.reset:
+            raise CalibrationError(
+                f"reset={self.reset}, warmup={self.warmup} given; warmup is at least 0 and below reset"
+            )
+
     def batches(self, ctx: CalibrationContext) -> Iterator[Tensor]:
         """Batches [B, C, H, W]; see `ptq.contracts.Calibrator`."""
-        if self.warmup >= self.reset:
-            raise CalibrationError(f"warmup={self.warmup} leaves no round of reset={self.reset}; make it smaller")
         run = _Run(self, ctx)
         for k, size in enumerate(ctx.sizes()):
             make = partial(run.rounds, k, max(size, 2))
@@ -83,7 +87,7 @@ class Nayer:
 
     @staticmethod
     def labels(ctx: CalibrationContext, index: int, size: int) -> Tensor:
-        """The classes [size] that the images of batch `index` were made for, each as often as any other."""
+        """The classes [size] that the images of batch `index` were made for, each once in every K of them."""
         return balanced_labels(size, classes(ctx.model), make_rng(ctx.rng.initial_seed(), f"labels {index}"))
 
     @classmethod
@@ -93,22 +97,25 @@ class Nayer:
 
 
 class NoisyLayer(nn.Module):
-    """Label embeddings `[B, D]` → `[B, latent]`: BatchNorm, then a linear layer drawn from N(0, 0.02²) with zero bias.
+    """Label embeddings `[B, D]` → `[B, latent]`: BatchNorm, then linear layers drawn from N(0, 0.02²) with zero bias.
 
-    each: a linear layer per row (1-to-1) instead of one for all (K-to-1). Ref: eq. 3.
+    share: how many rows, one after the other, pass through the same linear layer: as many as there are classes (K-to-1), so
+    that no two images of one class have the same, or one (1-to-1). Ref: eq. 3.
     """
 
-    def __init__(self, dim: int, latent: int, rng: torch.Generator, each: int | None = None) -> None:
+    def __init__(self, dim: int, latent: int, rng: torch.Generator, rows: int, share: int) -> None:
         super().__init__()
+        self.share, layers = share, -(-rows // share)
         self.norm = nn.BatchNorm1d(dim)
-        self.weight = nn.Parameter(0.02 * torch.randn(each or 1, dim, latent, generator=rng))
-        self.bias = nn.Parameter(torch.zeros(each or 1, latent))
+        self.weight = nn.Parameter(0.02 * torch.randn(layers, dim, latent, generator=rng))
+        self.bias = nn.Parameter(torch.zeros(layers, 1, latent))
 
     def forward(self, e: Tensor) -> Tensor:
         e = self.norm(e)
-        if len(self.weight) == 1:
-            return e @ self.weight[0] + self.bias
-        return torch.einsum("bd,bdl->bl", e, self.weight) + self.bias
+        count, layers = len(e), len(self.weight)
+        padded = torch.cat([e, e.new_zeros(layers * self.share - count, e.shape[1])])
+        out = torch.baddbmm(self.bias, padded.view(layers, self.share, -1), self.weight)
+        return out.flatten(0, 1)[:count]
 
 
 class _Run:
@@ -116,7 +123,7 @@ class _Run:
 
     def __init__(self, options: Nayer, ctx: CalibrationContext) -> None:
         self.options, self.ctx = options, ctx
-        self.classes = classes(ctx.model)
+        self.classes = common_classes((ctx.model, *ctx.others))
         self.space: Space = pixel_space(ctx)
         self.rows = self._rows().to(ctx.device)
         self.generator = seeded(lambda: ConvGenerator(ctx.input_shape, options.latent), ctx.rng).to(ctx.device)
@@ -142,7 +149,7 @@ class _Run:
     def _round(self, labels: Tensor, rng: torch.Generator, done: Callable[[int, Tensor], None]) -> Tensor:
         o, device, g = self.options, self.ctx.device, self.generator
         labels, size = labels.to(device), len(labels)
-        layer = NoisyLayer(self.rows.shape[1], o.latent, rng, size if o.noisy == "each" else None).to(device)
+        layer = NoisyLayer(self.rows.shape[1], o.latent, rng, size, 1 if o.noisy == "each" else self.classes).to(device)
         z = torch.randn(size, o.latent, generator=rng).to(device)
         adam = torch.optim.Adam([*g.parameters(), *layer.parameters()], lr=o.lr, betas=(0.5, 0.999))
         best, least = z, torch.tensor(torch.inf, device=device)
@@ -165,11 +172,13 @@ class _Run:
 
     def _loss(self, model: Teachers, taps: Taps, u: Tensor, labels: Tensor) -> Tensor:
         o, x = self.options, self.space.place(u)
-        logits = model(x)
-        loss = o.a_cls * F.cross_entropy(logits, labels) + o.a_bn * variance_loss(taps).to(x.device)
+        outputs = model(x)
+        loss = o.a_cls * average(lambda out: F.cross_entropy(out, labels), outputs) + o.a_bn * variance_loss(taps).to(
+            x.device
+        )
         if self.ctx.student is None:
             return loss
-        theirs = self.ctx.student(x)
+        logits, theirs = outputs[0], self.ctx.student(x)
         # Only images on which both agree: where they do not, the student has something to learn already.
         agree = (theirs.argmax(1) == logits.argmax(1)).float()
         kl = F.kl_div(F.log_softmax(logits, 1), F.log_softmax(theirs, 1), reduction="none", log_target=True).sum(1)

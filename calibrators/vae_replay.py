@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from ptq.calibrators._classifier import balance, classes, last_features
+from ptq.calibrators._classifier import average, balance, common_classes, confident, last_features
 from ptq.calibrators._generators import ConvGenerator, Encoder, GenieGenerator, seeded
 from ptq.calibrators._input_space import Space, pixel_space
 from ptq.calibrators._progress import StepCount
@@ -67,7 +67,7 @@ class VaeReplay:
 
     def batches(self, ctx: CalibrationContext) -> Iterator[Tensor]:
         """Batches [B, C, H, W]; see `ptq.contracts.Calibrator`."""
-        classes(ctx.model)
+        common_classes((ctx.model, *ctx.others))
         run = _Run(self, ctx)
         for k, size in enumerate(ctx.sizes()):
             yield ctx.batch(k, partial(run.make, k, max(size, 2)), run.parts)[:size]
@@ -136,11 +136,11 @@ class _Run:
         o = self.options
         u = self.generator(self._noise(size, o.latent, rng))
         x = self.space.place(u)
-        logits = self.teacher(x)
-        loss = o.one_hot * F.cross_entropy(logits, logits.argmax(1)) + o.entropy * balance(logits)
+        outputs = self.teacher(x)
+        loss = o.one_hot * average(confident, outputs) + o.entropy * average(balance, outputs)
         loss = loss - o.activation * features[0].abs().mean()
         if self.ctx.student is not None:
-            loss = loss + o.novelty * (1 - _js(logits, self.ctx.student(x), o.temperature))
+            loss = loss + o.novelty * (1 - _js(outputs[0], self.ctx.student(x), o.temperature))
         self.adam.zero_grad()
         loss.backward()
         self.adam.step()
@@ -154,9 +154,9 @@ class _Run:
         u = torch.cat([novel[:half], old[:half]])
         rebuilt, mean, log_var = self.memory.rebuild(u, rng)
         with torch.no_grad():
-            wanted, wanted_features = self.teacher(self.space.place(u)), features[0]
-        found, found_features = self.teacher(self.space.place(rebuilt)), features[0]
-        loss = F.l1_loss(rebuilt, u) + F.l1_loss(found, wanted) + F.l1_loss(found_features, wanted_features)  # eq. 6
+            wanted = [*self.teacher(self.space.place(u)), features[0]]
+        found = [*self.teacher(self.space.place(rebuilt)), features[0]]
+        loss = F.l1_loss(rebuilt, u) + torch.stack([F.l1_loss(a, b) for a, b in zip(found, wanted)]).sum()  # eq. 6
         loss = loss + o.kld * 0.5 * (mean.square() + log_var.exp() - 1 - log_var).sum(1).mean()  # eq. 7
         self.adam_memory.zero_grad()
         loss.backward()
@@ -166,10 +166,10 @@ class _Run:
         """Algorithm 2: memory samples `[size, C, H, W]`, their latent vectors one step towards balance and confidence."""
         z = self._noise(size, self.options.memory_latent, rng).requires_grad_()
         adam = torch.optim.Adam([z], lr=self.options.lr_tune)
-        logits = self.teacher(self.space.place(self.memory.decoder(z)))
+        outputs = self.teacher(self.space.place(self.memory.decoder(z)))
         var, mean = torch.var_mean(z, dim=0, correction=0)
         prior = 0.5 * (mean.square() + var - 1 - (var + 1e-8).log()).sum()
-        (balance(logits) + F.cross_entropy(logits, logits.argmax(1)) + prior).backward()
+        (average(balance, outputs) + average(confident, outputs) + prior).backward()
         adam.step()
         return self.memory.decoder(z.detach())
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from ptq.errors import CalibrationError
+from ptq.graph.serialize import graph_to_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,9 @@ def open_cache(root: Path, models: tuple[fx.GraphModule, ...], settings: Mapping
     """The cache below `root` for images made from these networks under these settings (plain data)."""
     digest = hashlib.sha256(json.dumps({**settings, "torch": torch.__version__}, sort_keys=True).encode())
     for model in models:
-        digest.update(model.code.encode())
+        digest.update(
+            json.dumps(graph_to_json(model), sort_keys=True).encode()
+        )  # the code alone lacks strides, slopes …
         for name, tensor in sorted(model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

@@ -69,7 +69,10 @@ def _settle(args: argparse.Namespace) -> None:
         "seed": 0,
     }
     if getattr(args, "recipe", None) is not None:
-        recipe |= _read_recipe(args.recipe)
+        found = _read_recipe(args.recipe)
+        if (number := found.pop("further_teachers")) != len(args.with_models or []):
+            raise SpecError(f"that run made its images with {number} further networks; name as many by --with")
+        recipe |= found
     for name, setting in recipe.items():
         if getattr(args, name, None) is None:
             setattr(args, name, setting)
@@ -81,6 +84,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))["manifest"]
         found = {name: manifest["recipe"][name] for name in _RECIPE}
+        found["further_teachers"] = manifest["recipe"].get("further_teachers", 0)
         return found | {name: manifest[name] and tuple(manifest[name]) for name in ("input_shape", "mean", "std")}
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise ArtifactError(f"{path} is not a manifest of this program: {type(e).__name__}: {e}") from e
@@ -166,10 +170,10 @@ class _Again:
 
     images: torch.Tensor
     synthetic: bool
+    teacher_bn: Literal["running", "batch"]
+    batch_size: int
     count: int
-    batch_size: int = 128
 
-    teacher_bn: ClassVar[Literal["running", "batch"]] = "running"
     presets: ClassVar[Presets] = {}
 
     def batches(self, ctx: CalibrationContext) -> Iterator[torch.Tensor]:
@@ -182,8 +186,8 @@ def _baselines(
 ) -> dict[str, Any]:
     """What stands beside the result wherever accuracy is measured: float, and nearest rounding on the same images."""
     assert qm.images is not None
-    source = plugins.load("calibrators", qm.manifest.recipe["data"].partition(":")[0])
-    again = _Again(qm.images, source.synthetic, len(qm.images))
+    source = plugins.build("calibrators", qm.manifest.recipe["data"])
+    again = _Again(qm.images, source.synthetic, source.teacher_bn, source.batch_size, len(qm.images))
     nearest = quantize(model, args.bits, again, rounding="nearest", **common)  # pyright: ignore[reportArgumentType]
     name = qm.manifest.recipe["rounding"].partition(":")[0]
     runs = {"float": runner(model, _CPU), "nearest": runner(nearest.graph, _CPU)}
@@ -262,7 +266,9 @@ def _source_columns(cls: Any) -> list[str]:
     """What a data source needs, what it costs at its paper's size (steps × images, for each batch), and the paper."""
     defaults = plugins.options(cls)
     cost = f"{defaults['steps']} × {defaults['batch_size']}" if "steps" in defaults else "none"
-    return [", ".join(cls.needs) or "nothing", "of its sources" if "sources" in defaults else cost, cls.paper]
+    if "sources" in defaults:
+        return ["what they need", "theirs", cls.paper]
+    return [", ".join(cls.needs) or "nothing", cost, cls.paper]
 
 
 def _demo(args: argparse.Namespace) -> int:

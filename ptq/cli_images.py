@@ -12,6 +12,7 @@ from ptq.artifact import MANIFEST, check_free, versions, whole_folder
 from ptq.errors import PluginError, SpecError
 from ptq.gallery import to_pixels, write_curve, write_pictures, write_sheet
 from ptq.loading import load_model
+from ptq.pictures import open_pictures
 from ptq.report import Section, print_sections
 from ptq.run import normalization
 from ptq.similarity import Similarity
@@ -55,6 +56,7 @@ def run_synthesize(args: argparse.Namespace) -> int:
         write_pictures(pixels, folder / "pictures")
         write_sheet(pixels, folder / "contact.png")
         plotted = write_curve(made.curve, folder) if made.curve else True
+        whole = len(made.curve) == 0 or made.curve[0][0] == 1
         facts = {
             "source": made.source, "model": args.model.name, "seed": options["seed"], "images": len(made.images),
             "input_shape": list(args.input_shape), "mean": args.mean, "std": args.std, "clipped": clipped,
@@ -69,6 +71,8 @@ def run_synthesize(args: argparse.Namespace) -> int:
         console.print(
             f"pictures: {100 * clipped:.2f} % of their values lay outside of valid pixels and were clipped{scaled}"
         )
+        if not whole or (not made.curve and args.cache):
+            console.print("the loss curve lacks what was found in the cache")
         if not plotted:
             console.print("no loss.png: matplotlib is not installed (extra 'plots'); loss.csv holds the curve")
     return 0
@@ -119,7 +123,10 @@ def _data(text: str, args: argparse.Namespace) -> str:
         if "/" in kind or "." in kind:
             raise PluginError(f"{text} is neither a file, a folder nor a data source")
         return sized(text, args)
-    return sized(f"images:path={text}", args) + ("" if args.count else ",count=1000000000")
+    if args.count:
+        return sized(f"images:path={text}", args)
+    number = len(open_pictures(Path(text), args.input_shape, None, None))
+    return sized(f"images:path={text}", args) + f",count={number}"
 
 
 def _tables(found: dict[str, Similarity], reference: float | None, layers: bool) -> list[Section]:
@@ -136,6 +143,8 @@ def _tables(found: dict[str, Similarity], reference: float | None, layers: bool)
     odd = sorted({name for s in found.values() for name in s.odd})
     if odd:
         sections.append(
-            Section("Left out of the mean: channels that were dead in training", ["layer"], [[n] for n in odd])
+            Section(
+                "Layers with channels that were constant in training: those are left out", ["layer"], [[n] for n in odd]
+            )
         )
     return sections

@@ -81,6 +81,25 @@ class CalibrationContext:
         batches = -(-self.count // self.batch_size)
         return [self.count // batches + (k < self.count % batches) for k in range(batches)]
 
+    def rng_of(self, index: int) -> torch.Generator:
+        """The random generator of batch, or part of the run, `index`: it depends on the seed and the index alone."""
+        return make_rng(self.rng.initial_seed(), f"batch {index}")
+
+    def keep(self, part: int, state: Mapping[str, Any]) -> None:
+        """Keeps what a source has after `part` parts of its run, in place of what was kept before; see `batch`."""
+        if self.cache is not None:
+            kept = {name: held.state_dict() for name, held in state.items()}
+            self.cache.write(0, torch.tensor(part), kept)
+
+    def restore(self, state: Mapping[str, Any]) -> int:
+        """Restores what `keep` kept; returns how many parts were done, 0 where nothing was kept."""
+        found = None if self.cache is None else self.cache.read(0)
+        if found is None:
+            return 0
+        for name, held in state.items():
+            held.load_state_dict(found[1][name])
+        return int(found[0])
+
     def batch(
         self, index: int, make: Callable[[torch.Generator], Tensor], state: Mapping[str, Any] | None = None
     ) -> Tensor:
@@ -97,7 +116,7 @@ class CalibrationContext:
             for name, part in state.items():
                 part.load_state_dict(found[1][name])
             return found[0].to(self.device)
-        images = make(make_rng(self.rng.initial_seed(), f"batch {index}"))
+        images = make(self.rng_of(index))
         if self.cache is not None:
             self.cache.write(index, images.cpu(), {name: part.state_dict() for name, part in state.items()})
         return images

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from ptq import plugins
 from ptq.artifact import Manifest, QuantizedModel, value_ranges, versions
 from ptq.contracts import Exporter, Feedback, Reconstructor, make_rng
-from ptq.errors import ExportError, ModelError
+from ptq.errors import CalibrationError, ExportError, ModelError
 from ptq.evaluate import agreement, outputs, runner, sqnr_db
 from ptq.graph.batch_statistics import use_batch_statistics
 from ptq.graph.fold_bn import fold_batch_norm, fold_error, unfolded
@@ -86,7 +86,7 @@ def quantize(
     teacher, plan = networks[0], make_plan(folded, bits, rules)
     if exporter is not None:
         exporter.check(folded, plan)
-    images_from = settle_source(images_from, teacher, run, effort)
+    images_from = settle_source(images_from, networks, run, effort)
     images = run.timed("calibration images", gather, images_from, networks, run)
     metrics: dict[str, Any] = {"fold_error": _check_fold(teacher, folded, images, run)}
     acts = run.timed("ranges", _ranges, teacher, folded, plan, images, estimates, images_from, run)
@@ -159,13 +159,19 @@ def _ranges(
     """Activation grids by the estimator with which activations alone, quantized, change the network's output least."""
     if not plan.values:
         return {}
-    size, watched = 64, teacher
+    parts, watched = images.split(64), teacher
     if getattr(images_from, "teacher_bn", "running") == "batch":
-        watched, size = use_batch_statistics(teacher), max(images_from.batch_size, 2)
+        if len(images) < 2:
+            raise CalibrationError("BatchNorms on the batch's own statistics need at least 2 images; raise count")
+        watched, parts = (
+            use_batch_statistics(teacher),
+            images.tensor_split(-(-len(images) // max(images_from.batch_size, 2))),
+        )
+        estimates = estimates[-1:]  # the output, by which the best would be chosen, is not the network's own here
     ends = _input_ends(images, getattr(images_from, "synthetic", False), run)
     found = []
     for estimate in estimates:
-        acts = observe(watched, plan, images.split(size), estimate, rng=make_rng(run.seed, "ranges"), device=run.device)
+        acts = observe(watched, plan, parts, estimate, rng=make_rng(run.seed, "ranges"), device=run.device)
         if ends is not None:
             acts |= input_params(*ends, plan, input_node(teacher).meta["value"])
         found.append({name: q.to(run.device) for name, q in acts.items()})

@@ -73,7 +73,8 @@ def build(kind: Kind, text: str, effort: str = "full") -> Any:
     try:
         return cls(**options)
     except TypeError as e:
-        raise PluginError(f"{name} needs {_missing(cls, options)}, as in '{name}:PATH'") from e
+        example = getattr(cls, "example", "PATH")
+        raise PluginError(f"{name} needs {_missing(cls, options)}, as in '{name}:{example}'") from e
 
 
 def _split(text: str, separator: str) -> list[str]:

@@ -16,17 +16,14 @@ from torch import Tensor, fx
 from ptq.contracts import Feedback
 from ptq.errors import CalibrationError
 from ptq.graph.ops import BATCH_NORMS
-from ptq.graph.taps import gaussian_kl, moments, tap_batch_norms
-
-_TINY = 1e-6  # running variance below which a channel was dead in training
-_HUGE = 1e3  # divergence of a layer that says more of its dead channels than of the images
+from ptq.graph.taps import alive, gaussian_kl, moments, tap_batch_norms
 
 
 @dataclass(frozen=True, slots=True)
 class Similarity:
     """The divergence of one set of images. mean: J_KL; layers: BatchNorm's module path (and "input") → its part.
 
-    odd: layers whose divergence is no measure, because channels were dead in training; they are left out of the mean.
+    odd: layers with channels that were constant in training; those channels are left out.
     """
 
     mean: float
@@ -101,11 +98,14 @@ def _result(teacher: fx.GraphModule, sums: Mapping[str, _Sums], images: int) -> 
         running_mean, running_var = torch.zeros_like(mean), torch.ones_like(var)
         if name != "input":
             running_mean, running_var = (v.double().cpu() for v in _running(teacher, name))
-        layers[name] = float(gaussian_kl(running_mean, running_var, mean, var).mean())
-        dead = bool((running_var < _TINY).any())
-        if not layers[name] < (_HUGE if dead else float("inf")):
+        counted = alive(running_var)
+        if not bool(counted.all()):
             odd.append(name)
-    counted = [v for name, v in layers.items() if name not in odd]
-    if not counted:
-        raise CalibrationError("every BatchNorm of the network has dead channels: there is nothing to compare with")
-    return Similarity(sum(counted) / len(counted), layers, images, tuple(odd))
+        if bool(counted.any()):
+            kl = gaussian_kl(running_mean, running_var, mean, var)
+            layers[name] = float(kl[counted].mean())
+    if not layers:
+        raise CalibrationError(
+            "all channels of the network's BatchNorms were constant in training: nothing to compare with"
+        )
+    return Similarity(sum(layers.values()) / len(layers), layers, images, tuple(odd))

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from ptq.run import Run, floats, start_run, valid_range
 from ptq.similarity import Similarity, similarity
 
 Data = str | Calibrator | Tensor | Dataset | Iterable[Any]
-# What `auto` takes: the first whose needs the network meets. Why these, see benchmarks/README.md.
-_AUTO = ("genie", "inceptionism", "gaussian")
+# What `auto` takes: the first whose needs the network meets, and for which networks that is.
+_WHY = {"genie": "BatchNorm", "inceptionism": "no BatchNorm", "gaussian": "no BatchNorm and no classes"}
+_AUTO = tuple(_WHY)
 _DATA_SET_STD = (0.15, 0.4)  # of pixels in [0, 1]: a normalization with such a deviation is a data set's own
 
 
@@ -63,10 +64,16 @@ def synthesize(
     """
     source = build_source(data, effort)
     curve: list[tuple[int, Tensor]] = []
-    spoken = replace(feedback or Feedback(), loss=lambda step, value: curve.append((step, value)))
+    feedback = feedback or Feedback()
+
+    def keep(step: int, value: Tensor) -> None:
+        curve.append((step, value))
+        feedback.loss(step, value)
+
+    spoken = replace(feedback, loss=keep)
     run = start_run(input_shape, device, seed, mean, std, spoken, cache)
     networks = trace_all(model, teachers, run)
-    source = settle_source(source, networks[0], run, effort)
+    source = settle_source(source, networks, run, effort)
     images = run.timed("synthesis", gather, source, networks, run)
     steps = tuple((step, float(value)) for step, value in curve)
     clipped = sum(run.clipped) / max(1, len(run.clipped))
@@ -99,10 +106,11 @@ def data_similarity(
     source = build_source(data, effort)
     run = start_run(input_shape, device, seed, mean, std, feedback, cache)
     networks = trace_all(model, (), run)
-    source = settle_source(source, networks[0], run, effort)
+    source = settle_source(source, networks, run, effort)
     low, high = _DATA_SET_STD
     normalized = run.std is not None and bool(((run.std > low) & (run.std < high)).all())
-    batches = batches_of(source, networks, run)
+    # What is given is measured as it is; what a source makes, as it would be used: with valid pixels only.
+    batches = batches_of(source, networks, run, clip=getattr(source, "synthetic", False))
     total = getattr(source, "count", 0)
     return similarity(
         networks[0], batches, device=run.device, normalized=normalized, total=total, feedback=run.feedback
@@ -127,17 +135,16 @@ def trace_all(model: nn.Module, teachers: Sequence[nn.Module], run: Run) -> tupl
     return tuple(trace(m, run.shape).to(run.device) for m in (model, *teachers))
 
 
-def settle_source(source: Any, teacher: fx.GraphModule, run: Run, effort: str) -> Any:
-    """The source, "auto" resolved, once it is clear that the network has what it needs.
+def settle_source(source: Any, networks: tuple[fx.GraphModule, ...], run: Run, effort: str) -> Any:
+    """The source, "auto" resolved, once it is clear that every network has what it needs.
 
     Raises:
         CalibrationError: the network lacks what the source needs; names the sources that serve it.
     """
-    has = _has(teacher)
+    has = set.intersection(*(_has(network) for network in networks))
     if isinstance(source, str):
         chosen = next(name for name in _AUTO if set(plugins.load("calibrators", name).needs) <= has)
-        lacks = " and no ".join(sorted({"BatchNorm", "classes"} - has))
-        run.note(f"data source: {chosen}, the best for a network with {'no ' + lacks if lacks else 'BatchNorm'}")
+        run.note(f"data source: {chosen}, the best for a network with {_WHY[chosen]}")
         return plugins.build("calibrators", chosen + source.removeprefix("auto"), effort)
     for part in getattr(source, "sources", (source,)):
         missing = [need for need in getattr(part, "needs", ()) if need not in has]
@@ -173,8 +180,8 @@ def gather(source: Any, networks: tuple[fx.GraphModule, ...], run: Run) -> Tenso
     return torch.cat(kept)
 
 
-def batches_of(source: Any, networks: tuple[fx.GraphModule, ...], run: Run) -> Iterator[Tensor]:
-    """Checked batches in host memory, one at a time."""
+def batches_of(source: Any, networks: tuple[fx.GraphModule, ...], run: Run, *, clip: bool = True) -> Iterator[Tensor]:
+    """Checked batches in host memory, one at a time; clip: to valid pixels, where the normalization is stated."""
     if not hasattr(source, "batches"):
         batches, left = _from_python(source), None
     else:
@@ -185,7 +192,8 @@ def batches_of(source: Any, networks: tuple[fx.GraphModule, ...], run: Run) -> I
         )  # fmt: skip
         batches, left = source.batches(ctx), source.count
     for batch in batches:
-        batch = _clipped(_checked(batch, run.shape), run)[:left]
+        batch = _checked(batch, run.shape)[:left]
+        batch = _clipped(batch, run) if clip else batch
         left = None if left is None else left - len(batch)
         if len(batch):
             yield batch
@@ -193,8 +201,9 @@ def batches_of(source: Any, networks: tuple[fx.GraphModule, ...], run: Run) -> I
 
 def _settings(source: Any, run: Run) -> dict[str, Any]:
     """All that images depend on, besides the networks."""
-    files = {f.name: getattr(source, f.name) for f in fields(source) if isinstance(getattr(source, f.name), Path)}
-    read = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items() if path.is_file()}
+    parts = getattr(source, "sources", (source,))
+    files = [v for part in parts for v in vars(part).values() if isinstance(v, Path) and v.is_file()]
+    read = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     return {
         "source": plugins.describe(source), "files": read, "seed": run.seed, "shape": run.shape, "device": run.device.type,
         "mean": floats(run.mean), "std": floats(run.std), "ptq": version("ptq"),
@@ -204,8 +213,14 @@ def _settings(source: Any, run: Run) -> dict[str, Any]:
 def _from_python(source: Any, size: int = 64) -> Iterator[Any]:
     """Batches of a tensor, a Dataset, a DataLoader or an iterable; of (images, labels) pairs, the images."""
     if isinstance(source, Tensor):
-        yield source
+        yield from source.split(256)
         return
+    if (
+        source is None
+        or isinstance(source, str | Path)
+        or (not hasattr(source, "__iter__") and not hasattr(source, "__getitem__"))
+    ):
+        raise CalibrationError(f"data {source!r} given; pictures on disk are 'images:PATH', a tensor is [N, C, H, W]")
     items = (
         (source[i] for i in range(len(source)))  # type: ignore[arg-type]
         if isinstance(source, Dataset) and hasattr(source, "__len__")

@@ -62,13 +62,12 @@ def test_same_seed_same_bytes_and_images_serve_as_data(work):
     assert synthesize("--quiet", "--seed", "1", out="c") == 0
     a, b, c = (np.load(f"{name}/images.npz")["x"] for name in "abc")
     assert np.array_equal(a, b) and not np.array_equal(a, c)
-    command = ["quantize", *BASE, "--rounding", "nearest", "--quiet", "--bits", "w8a8"]
+    command = ["quantize", *BASE, "--rounding", "nearest", "--ranges", "lp", "--quiet", "--bits", "w8a8"]
     assert main([*command, "--data", "images:a/images.npz", "-o", "from_file"]) == 0
     assert main([*command, "--data", "genie:steps=3,batch_size=4,count=6", "-o", "at_once"]) == 0
     ranges = [ptq.load(name).manifest.ranges for name in ("from_file", "at_once")]
-    inside = [
-        {k: v for k, v in r.items() if k != "x"} for r in ranges
-    ]  # the input's own grid: synthetic or real differ
+    # But for the input's own grid: of synthetic images, the extremes say little.
+    inside = [{k: v for k, v in r.items() if k != "x"} for r in ranges]
     assert inside[0] == inside[1]
 
 

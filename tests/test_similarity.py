@@ -45,7 +45,10 @@ def test_a_dead_layer_is_named_and_left_out():
     conv = next(m for m in teacher.modules() if isinstance(m, torch.nn.Conv2d))
     conv.weight.data[0] = 0.0
     found = similarity(teacher, [images()], device=CPU, normalized=False)
-    assert len(found.odd) == 1 and found.odd[0] in found.layers and found.mean < 1e3
+    norm.running_var[0] = 1.0
+    with_it = similarity(teacher, [images()], device=CPU, normalized=False)
+    assert len(found.odd) == 1 and found.odd[0] in found.layers and not with_it.odd
+    assert found.mean < 1e-2 * with_it.mean  # the others' divergence alone
 
 
 def test_progress_and_public_function():

@@ -1,6 +1,7 @@
 """Which source serves which network, and images given from Python."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,6 +67,27 @@ def test_a_refusal_names_what_serves(name: str):
     assert "zeroq" not in text.partition("serve it:")[2]
 
 
+def test_every_teacher_must_serve():
+    with pytest.raises(ptq.CalibrationError, match=r"BatchNorm.*inceptionism"):
+        ptq.synthesize(build("residual"), "genie:steps=2", input_shape=SHAPE, teachers=[build("plain")])
+    made = ptq.synthesize(build("residual"), "auto:steps=2,count=4", input_shape=SHAPE, teachers=[build("plain")])
+    assert made.source.startswith("inceptionism")
+
+
+@pytest.mark.parametrize("data", ["images:nowhere", Path("photos"), None, 5])
+def test_data_that_is_none(data):
+    with pytest.raises(ptq.CalibrationError):
+        _quantized(data)
+
+
+def test_batch_statistics_need_two_images_and_leave_none_alone():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(768, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
+    common = {"input_shape": SHAPE, "rounding": "nearest"}
+    ptq.quantize(net, "w8a8", "gaussian:teacher_bn=batch,count=9,batch_size=4", **common)
+    with pytest.raises(ptq.CalibrationError, match="at least 2 images"):
+        ptq.quantize(net, "w8a8", "gaussian:teacher_bn=batch,count=1", **common)
+
+
 @pytest.mark.parametrize("name", ["inceptionism", "nayer", "vae_replay"])
 def test_a_network_that_is_no_classifier(name: str):
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3))
@@ -119,6 +141,7 @@ def test_further_teachers_matter(name: str):
     other = build("residual")
     for norm in [m for m in other.modules() if isinstance(m, nn.BatchNorm2d)]:
         norm.running_mean += 0.5
+        norm.weight.data *= -1
     alone = ptq.synthesize(build("residual"), text, input_shape=SHAPE)
     both = ptq.synthesize(build("residual"), text, input_shape=SHAPE, teachers=[other])
     assert not torch.equal(alone.images, both.images)

@@ -15,6 +15,21 @@ from ptq.graph.ops import BATCH_NORMS
 EPS = 1e-8
 
 
+_DEAD = 1e-6  # running variance below which a channel was constant in training
+
+
+def alive(running_var: Tensor) -> Tensor:
+    """Channels [C] that varied in training: of the others, a divergence says nothing, and would be of any size."""
+    return running_var > _DEAD
+
+
+def dead_channels(model: nn.Module) -> dict[str, int]:
+    """BatchNorm's module path → how many of its channels were constant in training, where there are any."""
+    found = {path: m for path, m in model.named_modules() if isinstance(m, BATCH_NORMS) and m.running_var is not None}
+    counts = {path: int((~alive(m.running_var)).sum()) for path, m in found.items()}  # type: ignore[arg-type]
+    return {path: count for path, count in counts.items() if count}
+
+
 class Tap(NamedTuple):
     """One BatchNorm in one forward pass: mean and variance [C] of its input, and the layer."""
 
@@ -58,8 +73,7 @@ def gaussian_kl(mean: Tensor, var: Tensor, other_mean: Tensor, other_var: Tensor
         log(s/σ) - ½ (1 - (σ² + (μ - m)²) / s²)
 
     Ref: Haroush et al., The Knowledge Within, CVPR 2020, eq. 1.
-    Differs: ε = 1e-8 is added to both variances, where the paper adds it to s² alone: a channel that was dead in training
-    has σ² = 0.
+    Differs: ε = 1e-8 is added to both variances, where the paper adds it to s² alone: σ² may be 0.
     """
     var, other_var = var + EPS, other_var + EPS
     return 0.5 * ((other_var / var).log() - 1 + (var + (mean - other_mean).square()) / other_var)

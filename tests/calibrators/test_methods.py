@@ -127,12 +127,13 @@ def test_output_stretching_widens_the_logits():
 
 
 def test_noisy_layer():
-    shared, each = (NoisyLayer(6, 50, make_rng(0, "z"), number) for number in (None, 8))
+    shared, each = (NoisyLayer(6, 50, make_rng(0, "z"), 8, share) for share in (5, 1))
     assert float(shared.weight.detach().std()) == pytest.approx(0.02, rel=0.1)
     assert not bool(shared.bias.any())
     e = torch.randn(8, 6)
     normalized = F.batch_norm(e, None, None, training=True)
-    assert torch.allclose(shared(e), normalized @ shared.weight[0], atol=1e-6)
+    assert torch.allclose(shared(e)[:5], normalized[:5] @ shared.weight[0], atol=1e-6)
+    assert torch.allclose(shared(e)[5:], normalized[5:] @ shared.weight[1], atol=1e-6)
     assert torch.allclose(each(e)[3], normalized[3] @ each.weight[3], atol=1e-6)
 
 
@@ -142,6 +143,21 @@ def test_nayer_draws_a_new_layer_each_round_and_a_new_generator_every_few():
     assert not torch.equal(a, b) and not torch.equal(b, c)
     fresh = _images(replace(source, reset=1)).split(4)
     assert torch.equal(fresh[0], a) and not torch.equal(fresh[1], b)
+
+
+@pytest.mark.parametrize("noisy", ["shared", "each"])
+def test_no_two_images_of_a_batch_are_alike(noisy: str):
+    images = _images(Nayer(count=25, batch_size=25, steps=1, latent=8, noisy=noisy))
+    assert len({tuple(x.flatten()[:50].tolist()) for x in images}) == 25
+
+
+@pytest.mark.parametrize(("count", "number"), [(128, 1000), (25, 10), (3, 10), (20, 1)])
+def test_labels_have_each_class_once_in_a_row(count: int, number: int):
+    labels = balanced_labels(count, number, make_rng(0, "labels"))
+    assert len(labels) == count and int(labels.max()) < number
+    for part in labels.split(number):
+        assert len(part.unique()) == len(part)
+    assert number < 1000 or int(labels.max()) > 900
 
 
 def test_nayer_labels_are_balanced_and_known():
@@ -268,5 +284,11 @@ def test_features_and_balance():
 
 
 def test_options_that_leave_nothing_to_yield():
-    with pytest.raises(CalibrationError, match="warmup"):
-        _images(Nayer(count=4, warmup=10))
+    for options in ({"warmup": 10}, {"reset": 0}, {"warmup": -1}):
+        with pytest.raises(CalibrationError, match="warmup"):
+            Nayer(**options)
+    for options in ({"augment": 0}, {"scale": 0.0}):
+        with pytest.raises(CalibrationError, match="augment is at least 1"):
+            BnStats(**options)
+        with pytest.raises(CalibrationError, match="augment is at least 1"):
+            Inceptionism(**options)

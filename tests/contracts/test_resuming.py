@@ -4,6 +4,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ import ptq
 from ptq import plugins
 from ptq.batch_cache import BatchCache, open_cache
 from ptq.contracts import CalibrationContext, Feedback, make_rng
+from ptq.graph.trace import trace
 from tests.stages import prepare
 from tests.zoo import SHAPE, build
 
@@ -104,6 +106,37 @@ def test_key_covers_networks_and_settings(tmp_path: Path):
     }
     assert len(folders) == 9
     assert open_cache(tmp_path, (prepare("residual").teacher,), settings).folder in folders
+
+
+def test_key_covers_what_is_no_tensor(tmp_path: Path):
+    """Strides, slopes and the like: in neither the code of the graph nor its tensors."""
+    nets = [
+        torch.nn.Sequential(torch.nn.Conv2d(3, 2, 3, stride, 1), torch.nn.LeakyReLU(a))
+        for stride, a in ((1, 0.1), (2, 0.1), (1, 0.2))
+    ]
+    for net in nets[1:]:
+        net.load_state_dict(nets[0].state_dict())
+    assert len({open_cache(tmp_path, (trace(net, SHAPE),), {}).folder for net in nets}) == 3
+
+
+def test_key_covers_files(tmp_path: Path):
+    def made(folder: str):
+        return ptq.synthesize(
+            build("residual"), f"{folder}(embeddings={tmp_path / 'e.npy'},steps=1,batch_size=3)+gaussian,count=6"
+            if folder.startswith("mix") else f"{folder}:embeddings={tmp_path / 'e.npy'},steps=1,count=3",
+            input_shape=SHAPE, cache=tmp_path / "kept",
+        ).images  # fmt: skip
+
+    for name in ("nayer", "mix:nayer"):
+        np.save(tmp_path / "e.npy", np.eye(10, dtype=np.float32))
+        first = made(name)
+        np.save(tmp_path / "e.npy", np.random.default_rng(0).normal(size=(10, 4)).astype(np.float32))
+        assert not torch.equal(made(name), first)
+
+
+def test_dgh_keeps_one_state_only(tmp_path: Path):
+    _all("dgh", BatchCache(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_from_python(tmp_path: Path):
