@@ -8,15 +8,18 @@ set, a set of like pictures, digits, the reference perturbed by FGSM, noise. Use
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from networks import SHARED, Network, load, pictures
-from rows import markdown
+from networks import HERE, SHARED, Network, load, pictures
+from rows import Rows, markdown
 from torch import Tensor
 
 import ptq
 
+_KEYS = ("network", "images", "count", "seed")
+_REFERENCE = "training pictures (reference)"
 _EPSILON = 0.1  # of FGSM, as in the paper, in normalized units
 
 
@@ -25,28 +28,45 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--shared", type=Path, default=SHARED, help="folder with zoo/ and data/")
     p.add_argument("--network", default="resnet44", help="of cases.toml, for CIFAR-10")
+    p.add_argument("--count", type=int, default=2048, help="images of each set, at most")
+    p.add_argument("--seeds", type=int, default=1, help="draws of noise and of --count images, with seeds 0, 1, …")
     p.add_argument("--device", default="cpu")
+    p.add_argument("--out", type=Path, default=HERE / "results" / "data_similarity.jsonl")
     args = p.parse_args()
-    network = load(args.network, args.shared)
-    found = {}
-    for name, images in _sets(network, args.shared / "data").items():
-        result = ptq.data_similarity(
-            network.model, images, input_shape=network.shape, mean=network.mean, std=network.std, device=args.device
-        )
-        found[name] = (len(images), result.mean)
-    reference = found["training pictures (reference)"][1]
-    rows = [[name, number, f"{value:.4f}", f"{value / reference:.2f}"] for name, (number, value) in found.items()]
-    print(markdown(["images", "number", "J_KL", "of reference"], rows))
+    rows, network = Rows(args.out, _KEYS), load(args.network, args.shared)
+    for seed in range(args.seeds):
+        for name, images in _sets(network, args.shared / "data", seed).items():
+            key = {"network": args.network, "images": name, "count": args.count, "seed": seed}
+            if rows.find(**key) is None:
+                pick = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[: args.count]
+                found = ptq.data_similarity(
+                    network.model, images[pick], input_shape=network.shape, mean=network.mean, std=network.std,
+                    device=args.device,
+                )  # fmt: skip
+                rows.add(key | {"number": found.images, "j_kl": found.mean})
+    mine = [r for r in rows.rows if (r["network"], r["count"]) == (args.network, args.count)]
+    reference = _mean(mine, _REFERENCE)
+    numbers = {r["images"]: r["number"] for r in mine}
+    table = [
+        [name, number, f"{_mean(mine, name):.4f}", f"{_mean(mine, name) / reference:.2f}"]
+        for name, number in numbers.items()
+    ]
+    print(markdown(["images", "number", "J_KL", "of reference"], table))
 
 
-def _sets(network: Network, data: Path) -> dict[str, Tensor]:
+def _mean(rows: list[dict[str, Any]], name: str) -> float:
+    found = [row["j_kl"] for row in rows if row["images"] == name]
+    return sum(found) / len(found)
+
+
+def _sets(network: Network, data: Path, seed: int) -> dict[str, Tensor]:
     real, labels = pictures(data / "cifar10_calib.npz", network.mean, network.std)
-    rng = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(seed)
     uniform = (
         torch.rand(2048, *network.shape, generator=rng) - torch.tensor(network.mean).view(-1, 1, 1)
     ) / torch.tensor(network.std).view(-1, 1, 1)
     return {
-        "training pictures (reference)": real,
+        _REFERENCE: real,
         "CIFAR-10 test": network.x,
         "CIFAR-100 test": pictures(data / "cifar100_1000.npz", network.mean, network.std)[0],
         f"training pictures under FGSM, ε = {_EPSILON}": _fgsm(network, real, labels),

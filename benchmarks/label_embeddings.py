@@ -1,6 +1,6 @@
 """What NAYER's input brings: cross-entropy of the generator's images to their labels, step by step (its table 3).
 
-    python benchmarks/label_embeddings.py --network resnet44 --rounds 5 --steps 30 --batch 100
+    python benchmarks/label_embeddings.py --network resnet44 --seeds 5 --steps 30 --count 100
 
 Rounds of a fresh generator each, at equal steps: label embeddings through a noisy layer (one for all classes, K-to-1, and one
 per image, 1-to-1), one-hot labels through the same, and random noise. Images are scored as they are, without augmentation.
@@ -13,13 +13,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from networks import SHARED, Network, load
+from networks import HERE, SHARED, Network, load
 from ptq.calibrators.nayer import Nayer
-from rows import markdown, mean_and_deviation
+from rows import Rows, markdown, mean_and_deviation
 
 from ptq.contracts import CalibrationContext, make_rng
 from ptq.graph.trace import trace
 
+_KEYS = ("network", "input", "steps", "count", "seed")
+_FIGURES = ("cross_entropy", "right", "spread", "seconds")
 _INPUTS = {
     "label embeddings, K-to-1": {"input": "labels"},
     "label embeddings, 1-to-1": {"input": "labels", "noisy": "each"},
@@ -33,37 +35,45 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--shared", type=Path, default=SHARED, help="folder with zoo/ and data/")
     p.add_argument("--network", default="resnet44", help="of cases.toml")
-    p.add_argument("--rounds", type=int, default=5, help="each with a fresh generator and its own seed")
+    p.add_argument("--seeds", type=int, default=5, help="rounds, each with a fresh generator and its own seed")
     p.add_argument("--steps", type=int, default=30, help="generator steps a round")
-    p.add_argument("--batch", type=int, default=100, help="images a round")
+    p.add_argument("--count", type=int, default=100, help="images a round")
     p.add_argument("--device", default="cpu")
+    p.add_argument("--out", type=Path, default=HERE / "results" / "label_embeddings.jsonl")
     args = p.parse_args()
-    network = load(args.network, args.shared)
-    lines = []
-    for name, options in _INPUTS.items():
-        found = [_round(network, options, seed, args) for seed in range(args.rounds)]
-        lines.append([name, *(mean_and_deviation([row[k] for row in found], 3) for k in range(4))])
-        print(lines[-1], flush=True)
-    print(markdown(["input", "cross-entropy", "images of their class, %", "spread", "seconds"], lines))
+    rows, network = Rows(args.out, _KEYS), load(args.network, args.shared)
+    for seed in range(args.seeds):
+        for name, options in _INPUTS.items():
+            key = {"network": args.network, "input": name, "steps": args.steps, "count": args.count, "seed": seed}
+            if rows.find(**key) is None:
+                rows.add(row := key | _round(network, options, seed, args))
+                print(row, flush=True)
+    mine = [r for r in rows.rows if all(r[k] == getattr(args, k) for k in ("network", "steps", "count"))]
+    groups = {name: [r for r in mine if r["input"] == name] for name in dict.fromkeys(r["input"] for r in mine)}
+    table = [
+        [name, *(mean_and_deviation([r[f] for r in found], 3) for f in _FIGURES)] for name, found in groups.items()
+    ]
+    print(markdown(["input", "cross-entropy", "images of their class, %", "spread", "seconds"], table))
 
 
-def _round(network: Network, options: dict[str, str], seed: int, args: argparse.Namespace) -> tuple[float, ...]:
+def _round(network: Network, options: dict[str, str], seed: int, args: argparse.Namespace) -> dict[str, float]:
     """Cross-entropy to the labels, share of images of their class, spread of the images, seconds."""
-    source = Nayer(count=args.batch, batch_size=args.batch, steps=args.steps, reset=1, **options)
+    source = Nayer(count=args.count, batch_size=args.count, steps=args.steps, reset=1, **options)
     device = torch.device(args.device)
     ctx = CalibrationContext(
         trace(network.model, network.shape).to(device), network.shape, torch.tensor(network.mean),
-        torch.tensor(network.std), args.batch, args.batch, device, make_rng(seed, "calibration"),
+        torch.tensor(network.std), args.count, args.count, device, make_rng(seed, "calibration"),
     )  # fmt: skip
     start = time.perf_counter()
     (images,) = source.batches(ctx)
     seconds = time.perf_counter() - start
-    labels = source.labels(ctx, 0, args.batch).to(device)
+    labels = source.labels(ctx, 0, args.count).to(device)
     with torch.no_grad():
         logits = ctx.model(images)
     spread = (images - images.mean(0)).square().mean().sqrt()
     right = (logits.argmax(1) == labels).float().mean()
-    return float(F.cross_entropy(logits, labels)), 100 * float(right), float(spread), seconds
+    figures = (float(F.cross_entropy(logits, labels)), 100 * float(right), float(spread), seconds)
+    return dict(zip(_FIGURES, figures))
 
 
 if __name__ == "__main__":
