@@ -5,7 +5,7 @@ rescaled accumulator once. Both round the same values, but for ties and float no
 apart, and travels on. Here every layer, addition and global pool between quantizers is replaced by the kernel's arithmetic:
 
     layer   code = clamp(round(f32(Σ q_x q_w + b) · f32(s_x s_w / s_y)) + z_y)
-    add     code = clamp(round(fma(A, s_a/s_y, fma(B, s_b/s_y, z_y - (s_a/s_y z_a + s_b/s_y z_b)))))
+    add     code = clamp(round(fma(A, s_a/s_y, fma(B, s_b/s_y, z_y - fma(s_a/s_y, z_a, s_b/s_y z_b)))))
     pool    code = clamp(round(Σ q_x · f32(s_x / (s_y H W))) + z_y)
 
 Tensors between them stay real numbers on their grids, `s · (code - z)`. What has no integer kernel stays as it is.
@@ -99,8 +99,9 @@ class IntegerAdd(_Quantizer):
         super().__init__(q, bounds)
         self.a, self.b = a, b
         self.ratio_a, self.ratio_b = (p.scale.detach() / q.scale.detach() for p in (a, b))
-        shift = self.ratio_a * a.zero_point + self.ratio_b * b.zero_point
-        self.offset = q.zero_point - shift
+        # Rounded as the kernel does it, a product first, then a fused multiply-add: near a tie, the last bit decides.
+        shift = self.ratio_a.double() * a.zero_point + (self.ratio_b * b.zero_point).double()
+        self.offset = q.zero_point - shift.float()
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         # A product of a byte and a float32 is exact in float64; one rounding to float32 makes it a fused multiply-add.
