@@ -13,7 +13,7 @@ from ptq.errors import ModelError
 
 # The command of the README; the demo runs these very words.
 COMMAND = (
-    "ptq quantize demo/model.pt --arch ptq.demo:DigitsNet --bits w4a4 --data genie --input-shape 1,8,8 "
+    "ptq quantize demo/model.pt --arch ptq.demo:DigitsNet --bits w2a4 --data genie --input-shape 1,8,8 "
     "--mean 0.3053 --std 0.3761 --effort quick --val demo/val.npz -o demo/out --force"
 )
 _MEAN, _STD = 0.3053, 0.3761  # of the training pixels, in [0, 1]
