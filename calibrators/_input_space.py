@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from ptq.contracts import CalibrationContext
+from ptq.contracts import CalibrationContext, of_a_data_set, valid_range
 from ptq.graph.blocks import extract
 from ptq.graph.ops import BATCH_NORMS
 from ptq.graph.taps import batch_norms
@@ -48,8 +48,7 @@ def pixel_space(ctx: CalibrationContext) -> Space:
     """The network's input space, with the valid pixels: as stated, else those of natural photographs."""
     mean, std = input_space(ctx)
     if ctx.mean is not None and ctx.std is not None:
-        black, white = -ctx.mean / ctx.std, (1 - ctx.mean) / ctx.std
-        low, high = (black.to(ctx.device) - mean) / std, (white.to(ctx.device) - mean) / std
+        low, high = ((end.flatten().to(ctx.device) - mean) / std for end in valid_range(ctx.mean, ctx.std))
     else:
         low = torch.full_like(mean, -_NATURAL_MEAN / _NATURAL_STD)
         high = torch.full_like(mean, (1 - _NATURAL_MEAN) / _NATURAL_STD)
@@ -79,14 +78,14 @@ def input_space(ctx: CalibrationContext) -> tuple[Tensor, Tensor]:
 
 def _from_normalization(ctx: CalibrationContext, zero: Tensor, one: Tensor) -> tuple[Tensor, Tensor]:
     """What a stated normalization makes of natural photographs; a std of 0.15…0.4 is a data set's own: normalized."""
-    if ctx.mean is None or ctx.std is None or bool(((ctx.std > 0.15) & (ctx.std < 0.4)).all()):
+    if ctx.mean is None or ctx.std is None or of_a_data_set(ctx.std):
         return zero, one
     mean, std = ctx.mean.to(ctx.device), ctx.std.to(ctx.device)
     return (_NATURAL_MEAN - mean) / std, _NATURAL_STD / std
 
 
 def _first_norm(gm: fx.GraphModule) -> fx.Node | None:
-    known = set(batch_norms(gm))
+    known = set(batch_norms(gm).values())
     for node in gm.graph.nodes:
         if node.op == "call_module" and gm.get_submodule(str(node.target)) in known:
             return node

@@ -102,7 +102,7 @@ def _quantize(args: argparse.Namespace) -> int:
         "device": args.device, "cache": args.cache, "source": f"{args.model.name}" + (f" ({args.arch})" if args.arch else ""),
     }  # fmt: skip
     pictures = _pictures(args)
-    teachers = [load_model(file, arch, trust_pickle=args.trust_pickle) for file, arch in further(args)]
+    teachers = further(args)
     with shown(args.quiet, console) as feedback:
         qm = quantize(
             model,

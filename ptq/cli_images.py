@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from torch import nn
 
 from ptq.artifact import MANIFEST, check_free, versions, whole_folder
 from ptq.errors import PluginError, SpecError
@@ -45,7 +46,7 @@ def run_synthesize(args: argparse.Namespace) -> int:
     check_free(args.output, args.force)
     stated = normalization(args.mean, args.std, args.input_shape[0])
     model = load_model(args.model, args.arch, trust_pickle=args.trust_pickle)
-    teachers = [load_model(file, arch, trust_pickle=args.trust_pickle) for file, arch in further(args)]
+    teachers = further(args)
     console = Console(stderr=True)
     with shown(args.quiet, console) as feedback:
         made = synthesize(model, sized(args.data or "auto", args), teachers=teachers, feedback=feedback, **options)
@@ -78,8 +79,8 @@ def run_synthesize(args: argparse.Namespace) -> int:
     return 0
 
 
-def further(args: argparse.Namespace) -> list[tuple[Path, str | None]]:
-    """Files and architectures of `--with` and `--with-arch`.
+def further(args: argparse.Namespace) -> list[nn.Module]:
+    """The networks of `--with` and `--with-arch`.
 
     Raises:
         SpecError: more architectures than files.
@@ -89,7 +90,8 @@ def further(args: argparse.Namespace) -> list[tuple[Path, str | None]]:
         raise SpecError(
             f"{len(archs)} --with-arch given for {len(files)} --with; each belongs to the file at its place"
         )
-    return [(file, archs[k] if k < len(archs) else args.arch) for k, file in enumerate(files)]
+    archs = [*archs, *[args.arch] * (len(files) - len(archs))]
+    return [load_model(file, arch, trust_pickle=args.trust_pickle) for file, arch in zip(files, archs)]
 
 
 def run_similarity(args: argparse.Namespace) -> int:

@@ -51,6 +51,16 @@ def make_rng(seed: int, label: str, device: torch.device | str = "cpu") -> torch
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
 
 
+def valid_range(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and greatest input per channel, [1, C, 1, 1] each: those of a black and a white pixel."""
+    return ((0 - mean) / std).view(1, -1, 1, 1), ((1 - mean) / std).view(1, -1, 1, 1)
+
+
+def of_a_data_set(std: Tensor) -> bool:
+    """Whether a normalization by `std` [C], of pixels in [0, 1], is a data set's own, so that inputs are of unit deviation."""
+    return bool(((std > 0.15) & (std < 0.4)).all())
+
+
 @dataclass(frozen=True, slots=True)
 class CalibrationContext:
     """What a calibrator is handed.

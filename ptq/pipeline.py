@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from ptq import plugins
 from ptq.artifact import Manifest, QuantizedModel, value_ranges, versions
-from ptq.contracts import Exporter, Feedback, Reconstructor, make_rng
+from ptq.contracts import Exporter, Feedback, Reconstructor, make_rng, valid_range
 from ptq.errors import CalibrationError, ExportError, ModelError
 from ptq.evaluate import agreement, outputs, runner, sqnr_db
 from ptq.graph.batch_statistics import use_batch_statistics
@@ -22,7 +22,7 @@ from ptq.graph.plan import QuantPlan, make_plan
 from ptq.quant.affine import QParams
 from ptq.quant.ranges import Estimator, estimators
 from ptq.reconstruct._loop import reconstruct_blocks
-from ptq.run import Run, floats, start_run, valid_range
+from ptq.run import Run, floats, start_run
 from ptq.sources import Data, build_source, gather, settle_source, trace_all
 from ptq.spec import BitConfig, PlanRules
 

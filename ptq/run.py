@@ -95,8 +95,3 @@ def normalization(
 def floats(v: Tensor | None) -> tuple[float, ...] | None:
     """A tensor [C] as plain numbers."""
     return None if v is None else tuple(v.tolist())
-
-
-def valid_range(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-    """Least and greatest input per channel, [1, C, 1, 1] each: those of a black and a white pixel."""
-    return ((0 - mean) / std).view(1, -1, 1, 1), ((1 - mean) / std).view(1, -1, 1, 1)

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from ptq.contracts import Feedback
 from ptq.errors import CalibrationError
 from ptq.graph.ops import BATCH_NORMS
-from ptq.graph.taps import alive, gaussian_kl, moments, tap_batch_norms
+from ptq.graph.taps import alive, batch_norms, gaussian_kl, moments, tap_batch_norms
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +63,8 @@ def similarity(
         CalibrationError: the network has no BatchNorm, or there are no images.
     """
     feedback = feedback or Feedback()
-    paths = [name for name, m in teacher.named_modules() if isinstance(m, BATCH_NORMS) and m.running_mean is not None]
-    norms = {id(teacher.get_submodule(path)): path for path in paths}
-    sums = {name: _Sums() for name in (["input"] if normalized else []) + paths}
+    paths = {norm: path for path, norm in batch_norms(teacher).items()}
+    sums = {name: _Sums() for name in (["input"] if normalized else []) + list(paths.values())}
     seen = 0
     with tap_batch_norms([teacher]) as taps, torch.no_grad():
         for batch in batches:
@@ -75,7 +74,7 @@ def similarity(
             if normalized:
                 sums["input"].add(*moments(batch), len(batch))
             for tap in taps.seen:
-                sums[norms[id(tap.norm)]].add(tap.mean, tap.var, len(batch))
+                sums[paths[tap.norm]].add(tap.mean, tap.var, len(batch))
             seen += len(batch)
             feedback.progress("statistics", seen, max(total, seen))
     if not seen:

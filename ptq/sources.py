@@ -13,19 +13,18 @@ from torch.utils.data import Dataset
 
 from ptq import plugins
 from ptq.batch_cache import open_cache
-from ptq.contracts import EFFORTS, CalibrationContext, Calibrator, Feedback, make_rng
+from ptq.contracts import EFFORTS, CalibrationContext, Calibrator, Feedback, make_rng, of_a_data_set, valid_range
 from ptq.errors import CalibrationError, SpecError
 from ptq.graph.ops import output_node
 from ptq.graph.taps import batch_norms
 from ptq.graph.trace import trace
-from ptq.run import Run, floats, start_run, valid_range
+from ptq.run import Run, floats, start_run
 from ptq.similarity import Similarity, similarity
 
 Data = str | Calibrator | Tensor | Dataset | Iterable[Any]
 # What `auto` takes: the first whose needs the network meets, and for which networks that is.
 _WHY = {"genie": "BatchNorm", "inceptionism": "no BatchNorm", "gaussian": "no BatchNorm and no classes"}
 _AUTO = tuple(_WHY)
-_DATA_SET_STD = (0.15, 0.4)  # of pixels in [0, 1]: a normalization with such a deviation is a data set's own
 
 
 @dataclass(frozen=True)
@@ -107,8 +106,7 @@ def data_similarity(
     run = start_run(input_shape, device, seed, mean, std, feedback, cache)
     networks = trace_all(model, (), run)
     source = settle_source(source, networks, run, effort)
-    low, high = _DATA_SET_STD
-    normalized = run.std is not None and bool(((run.std > low) & (run.std < high)).all())
+    normalized = run.std is not None and of_a_data_set(run.std)
     # What is given is measured as it is; what a source makes, as it would be used: with valid pixels only.
     batches = batches_of(source, networks, run, clip=getattr(source, "synthetic", False))
     total = getattr(source, "count", 0)

@@ -17,6 +17,6 @@ from ptq.graph.trace import rewrite
 def use_batch_statistics(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy of `gm` whose BatchNorms normalize by the current batch; nothing is ever written to running statistics."""
     with rewrite(gm) as out:
-        for norm in batch_norms(out):
+        for norm in batch_norms(out).values():
             norm.running_mean = norm.running_var = None  # type: ignore[assignment]
     return out

@@ -25,8 +25,7 @@ def alive(running_var: Tensor) -> Tensor:
 
 def dead_channels(model: nn.Module) -> dict[str, int]:
     """BatchNorm's module path → how many of its channels were constant in training, where there are any."""
-    found = {path: m for path, m in model.named_modules() if isinstance(m, BATCH_NORMS) and m.running_var is not None}
-    counts = {path: int((~alive(m.running_var)).sum()) for path, m in found.items()}  # type: ignore[arg-type]
+    counts = {path: int((~alive(m.running_var)).sum()) for path, m in batch_norms(model).items()}  # type: ignore[arg-type]
     return {path: count for path, count in counts.items() if count}
 
 
@@ -56,9 +55,9 @@ class Taps:
     seen: list[Tap] = field(default_factory=list)
 
 
-def batch_norms(model: nn.Module) -> list[nn.Module]:
-    """The BatchNorm layers that keep running statistics."""
-    return [m for m in model.modules() if isinstance(m, BATCH_NORMS) and m.running_mean is not None]
+def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """Module path → BatchNorm layer, of those that keep running statistics."""
+    return {path: m for path, m in model.named_modules() if isinstance(m, BATCH_NORMS) and m.running_mean is not None}
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,7 +97,7 @@ def tap_batch_norms(models: Iterable[nn.Module], *, required: bool = True) -> It
     def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         taps.seen.append(Tap(*moments(args[0]), module))
 
-    handles = [norm.register_forward_pre_hook(look) for norms in found for norm in norms]
+    handles = [norm.register_forward_pre_hook(look) for norms in found for norm in norms.values()]
     try:
         yield taps
     finally:

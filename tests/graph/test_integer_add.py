@@ -21,7 +21,9 @@ def _runtime(grids: list[tuple[np.float32, int]]) -> torch.Tensor:
     for k, (scale, zero) in enumerate(grids):
         stored.append(helper.make_tensor(names[2 * k], TensorProto.FLOAT, [], [float(scale)]))
         stored.append(helper.make_tensor(names[2 * k + 1], TensorProto.UINT8, [], [zero]))
-    node = helper.make_node("QLinearAdd", ["a", *names[:2], "b", *names[2:4], *names[4:]], ["y"], domain="com.microsoft")
+    node = helper.make_node(
+        "QLinearAdd", ["a", *names[:2], "b", *names[2:4], *names[4:]], ["y"], domain="com.microsoft"
+    )
     values = [helper.make_tensor_value_info(name, TensorProto.UINT8, [65536]) for name in ("a", "b", "y")]
     graph = helper.make_graph([node], "add", values[:2], values[2:], stored)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
