@@ -8,6 +8,8 @@ goes on where it stopped. Uses the public API only.
 """
 
 import argparse
+import itertools
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 
 import ptq
 
-_KEYS = ("network", "data", "bits", "rounding", "ranges", "edges", "seed")
+_KEYS = ("network", "data", "bits", "rounding", "ranges", "edges", "repair", "finish", "seed")
 _HEADS = (*_KEYS, "float", "simulation", "onnx", "agreement", "float_agreement", "seconds")
 
 
@@ -40,15 +42,17 @@ def _arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--shared", type=Path, default=SHARED, help="folder with zoo/ and data/")
     p.add_argument("--networks", default="resnet20", help="comma-separated, of cases.toml")
-    p.add_argument("--bits", default="w8a8,w4a4,w2a4", help="comma-separated")
+    p.add_argument("--bits", default="w8a8,w4a4,w2a4", help="comma-separated; auto:size=99KB,a4 too")
     p.add_argument("--data", default="genie", help="sources, separated by semicolons: genie:steps=500;gaussian;real")
     p.add_argument("--rounding", default="nearest;genie_m", help="separated by semicolons")
-    p.add_argument("--ranges", default="lp_best", help="lp_best, lp, minmax or smoothed")
+    p.add_argument("--ranges", default="lp_best", help="how scales are chosen")
+    p.add_argument("--repair", default="none", help="separated by semicolons: none;equalize;bias;equalize+statistics")
+    p.add_argument("--finish", default="none", help="joint passes, separated by semicolons: none;logits")
     p.add_argument("--edges", default="brecq", help="brecq, qdrop or all")
     p.add_argument("--effort", default="standard", help="quick, standard or full: sizes left open")
     p.add_argument("--count", type=int, help="calibration images, where the source's options do not say")
     p.add_argument("--steps", type=int, help="synthesis steps per batch, likewise (genie)")
-    p.add_argument("--iterations", type=int, help="reconstruction steps per block (genie_m)")
+    p.add_argument("--iterations", type=int, help="reconstruction steps per block, where a method trains")
     p.add_argument("--seeds", type=int, default=1, help="runs with seeds 0, 1, …")
     p.add_argument("--device", default="cpu")
     p.add_argument(
@@ -66,21 +70,24 @@ def _arguments() -> argparse.Namespace:
 def run(network: Network, data: str, seed: int, args: argparse.Namespace, rows: Rows) -> None:
     """All widths and roundings on one set of calibration images, which is made once."""
     options = _with(data, {"count": args.count} | ({"steps": args.steps} if _has_steps(data) else {}))
-    methods = [_with(m, {"steps": args.iterations}) if m.startswith("genie_m") else m for m in args.rounding.split(";")]
-    for bits in args.bits.split(","):
-        for method in methods:
-            key = {"network": network.name, "data": options, "bits": bits, "rounding": method, "seed": seed}
-            key |= {"ranges": args.ranges, "edges": args.edges}
-            if rows.find(**key) is not None:
-                continue
-            qm = _quantize(network, key, args)
-            row = key | measure(network, qm) | {
-                "stages": qm.manifest.seconds, "seconds": round(sum(qm.manifest.seconds.values()), 1),
-                "images": qm.manifest.metrics["calibration_images"], "effort": args.effort, "device": args.device,
-                "torch": torch.__version__, "threads": torch.get_num_threads(),
-            }  # fmt: skip
-            rows.add(row)
-            print({k: row[k] for k in _HEADS}, flush=True)
+    methods = [m if m == "nearest" else _with(m, {"steps": args.iterations}) for m in args.rounding.split(";")]
+    widths = re.split(r",(?=w\d|auto)", args.bits)
+    for bits, method, repair, finish in itertools.product(
+        widths, methods, args.repair.split(";"), args.finish.split(";")
+    ):
+        key = {"network": network.name, "data": options, "bits": bits, "rounding": method, "seed": seed}
+        key |= {"ranges": args.ranges, "edges": args.edges, "repair": repair, "finish": finish}
+        if rows.find(**key) is not None:
+            continue
+        qm = _quantize(network, key, args)
+        row = key | measure(network, qm) | {
+            "stages": qm.manifest.seconds, "seconds": round(sum(qm.manifest.seconds.values()), 1),
+            "images": qm.manifest.metrics["calibration_images"], "effort": args.effort, "device": args.device,
+            "weight_bytes": sum(codes.numel() * q.spec.bits / 8 for codes, q in qm.integer_weights().values()),
+            "torch": torch.__version__, "threads": torch.get_num_threads(),
+        }  # fmt: skip
+        rows.add(row)
+        print({k: row[k] for k in _HEADS}, flush=True)
 
 
 def _has_steps(data: str) -> bool:
@@ -99,7 +106,8 @@ def _quantize(network: Network, key: dict[str, Any], args: argparse.Namespace) -
     stated = {} if args.no_normalization else {"mean": network.mean, "std": network.std}
     qm = ptq.quantize(
         network.model, key["bits"], data, input_shape=network.shape, rounding=key["rounding"], ranges=key["ranges"],
-        edges=key["edges"], effort=args.effort, seed=key["seed"], device=args.device, target="onnx_qdq",
+        edges=key["edges"], repair=key["repair"], finish=None if key["finish"] == "none" else key["finish"],
+        effort=args.effort, seed=key["seed"], device=args.device, target="onnx_qdq",
         cache=args.out.parent / "cache" / "images", **stated,
     )  # fmt: skip
     qm.save(kept)
@@ -147,7 +155,7 @@ def measure(network: Network, qm: ptq.QuantizedModel) -> dict[str, Any]:
 
 def _table(rows: Rows) -> str:
     """One line per case, its seeds together."""
-    heads = ("network", "data", "bits", "rounding", "ranges", "edges", "float")
+    heads = ("network", "data", "bits", "rounding", "ranges", "edges", "repair", "finish", "float")
     figures = ("simulation", "onnx", "agreement", "float_agreement", "onnx_bytes")
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows.rows:

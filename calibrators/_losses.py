@@ -3,9 +3,11 @@
 μ_l, σ_l: running mean and deviation of BatchNorm l; m_l, s_l: those of its input on the images at hand.
 """
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptq.graph.taps import EPS, Tap, Taps, alive, gaussian_kl, moments
 
@@ -47,13 +49,57 @@ def kl_loss(taps: Taps) -> Tensor:
     return torch.stack(terms).mean()
 
 
-def variance_loss(taps: Taps) -> Tensor:
+def variance_loss(taps: Taps, past: "PastStatistics | None" = None) -> Tensor:
     """Sum over layers of ‖m_l - μ_l‖₂ + ‖s_l² - σ_l²‖₂; zero where there is no BatchNorm.
+
+    past: statistics of earlier batches, which m_l and s_l² are blended with.
 
     Ref: Tran et al., NAYER, CVPR 2024, eq. 5, L_BN; Yin et al., DeepInversion, CVPR 2020.
     """
-    terms = [_norm(tap.mean - tap.running_mean) + _norm(tap.var - tap.running_var) for tap in taps.seen]
+    found = [(tap.mean, tap.var) for tap in taps.seen]
+    if past is not None:
+        found = past.blend(found)
+    terms = [
+        _norm(mean - tap.running_mean) + _norm(var - tap.running_var) for tap, (mean, var) in zip(taps.seen, found)
+    ]
     return torch.stack(terms).sum() / taps.models if terms else torch.zeros(())
+
+
+class PastStatistics(nn.Module):
+    """A running average of the statistics of earlier batches, of which the batch at hand is to be the missing part:
+
+        m = momentum · m_past + (1 - momentum) · m_now      and the same for variances
+
+    so that a set of batches matches the training statistics where no single one does. Before the first batch, m = m_now.
+    """
+
+    def __init__(self, sizes: Iterable[int], momentum: float) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+        for k, size in enumerate(sizes):
+            self.register_buffer(f"mean_{k}", torch.zeros(size))
+            self.register_buffer(f"var_{k}", torch.zeros(size))
+
+    def blend(self, now: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """Mean and variance [C] of each layer, the past's share in them."""
+        if self.momentum == 0 or int(self.batches) == 0:  # type: ignore[arg-type]
+            return now
+        return [
+            (
+                torch.lerp(mean, self.get_buffer(f"mean_{k}"), self.momentum),
+                torch.lerp(var, self.get_buffer(f"var_{k}"), self.momentum),
+            )
+            for k, (mean, var) in enumerate(now)
+        ]
+
+    @torch.no_grad()
+    def add(self, now: list[tuple[Tensor, Tensor]]) -> None:
+        """Takes a batch into the average."""
+        for k, (mean, var) in enumerate(self.blend(now)):
+            self.get_buffer(f"mean_{k}").copy_(mean)
+            self.get_buffer(f"var_{k}").copy_(var)
+        self.batches += 1  # type: ignore[operator]
 
 
 def _norm(v: Tensor) -> Tensor:

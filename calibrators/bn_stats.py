@@ -41,7 +41,7 @@ class BnStats:
     count: int = 1024
     batch_size: int = 128
     steps: int = 1000
-    lr: float = 0.1
+    lr: float = 0.25
     patience: int = 100
     objective: Literal["kl", "mse"] = "kl"
     inception: float = 0.0

@@ -45,7 +45,7 @@ class Dgh:
     count: int = 1024
     batch_size: int = 128
     steps: int = 500
-    lr: float = 0.1
+    lr: float = 0.5
     patience: int = 25
     least_lr: float = 1e-3
     margin: float = 0.125
@@ -71,7 +71,7 @@ class Dgh:
     @classmethod
     def smoke(cls, folder: Path) -> Self:
         """A few steps on a few images."""
-        return cls(count=6, batch_size=4, steps=3)
+        return cls(lr=0.1, count=6, batch_size=4, steps=3)
 
 
 class _ImageSet:

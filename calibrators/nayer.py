@@ -19,14 +19,14 @@ from ptq.calibrators._classifier import average, balanced_labels, classes, commo
 from ptq.calibrators._generators import ConvGenerator, seeded
 from ptq.calibrators._input_space import Space, pixel_space
 from ptq.calibrators._label_embeddings import label_embeddings
-from ptq.calibrators._losses import variance_loss
+from ptq.calibrators._losses import PastStatistics, variance_loss
 from ptq.calibrators._progress import StepCount
 from ptq.calibrators._teachers import Teachers, teachers
 from torch import Tensor, nn
 
 from ptq.contracts import CalibrationContext, Presets, make_rng
 from ptq.errors import CalibrationError
-from ptq.graph.taps import Taps, tap_batch_norms
+from ptq.graph.taps import Taps, batch_norms, tap_batch_norms
 
 __all__ = ["Nayer"]
 
@@ -37,10 +37,11 @@ class Nayer:
 
     count: images. batch_size: images a round. steps: generator steps a round, g. lr: Adam's rate. latent: size of the noisy
     layer's output. a_cls, a_bn, a_adv: weights of the three terms; the last counts where a student is being trained, and
-    only images on which it agrees with the teacher. reset: rounds a generator lives. warmup: rounds of each generator that
+    only images on which it agrees with the teacher. momentum: share of earlier rounds in the statistics that the BN term
+    compares with the training images', as in the authors' program. reset: rounds a generator lives. warmup: rounds of each generator that
     give no images. pad: border of the random crop before the networks, in pixels.
-    input: "labels", or for comparison "one_hot" (the same through one-hot labels) and "noise" (N(0, 1) straight into the
-    generator). noisy: "shared", one noisy layer for each set of all K classes (K-to-1), or "each", one per image (1-to-1).
+    input: "labels", or for comparison "one_hot" (the same through one-hot labels), "noise" (N(0, 1) straight into the
+    generator, drawn in every step) and "latents" (drawn once a round). noisy: "shared", one noisy layer for each set of all K classes (K-to-1), or "each", one per image (1-to-1).
     embeddings: .npz or .npy with label embeddings [classes, D]; names: text file of class names, encoded by `encoder`
     (extra `text`); default: the rows of the teacher's classifier.
     """
@@ -53,10 +54,11 @@ class Nayer:
     a_cls: float = 0.5
     a_bn: float = 10.0
     a_adv: float = 1.33
+    momentum: float = 0.9
     reset: int = 10
     warmup: int = 0
     pad: int = 4
-    input: Literal["labels", "one_hot", "noise"] = "labels"
+    input: Literal["labels", "one_hot", "noise", "latents"] = "labels"
     noisy: Literal["shared", "each"] = "shared"
     embeddings: Path | None = None
     names: Path | None = None
@@ -82,7 +84,7 @@ class Nayer:
         run = _Run(self, ctx)
         for k, size in enumerate(ctx.sizes()):
             make = partial(run.rounds, k, max(size, 2))
-            yield ctx.batch(k, make, {"generator": run.generator})[:size]
+            yield ctx.batch(k, make, {"generator": run.generator, "past": run.past})[:size]
             run.count.batch(k)
 
     @staticmethod
@@ -127,6 +129,8 @@ class _Run:
         self.space: Space = pixel_space(ctx)
         self.rows = self._rows().to(ctx.device)
         self.generator = seeded(lambda: ConvGenerator(ctx.input_shape, options.latent), ctx.rng).to(ctx.device)
+        norms = [norm for model in (ctx.model, *ctx.others) for norm in batch_norms(model).values()]
+        self.past = PastStatistics([len(norm.running_mean) for norm in norms], options.momentum).to(ctx.device)  # type: ignore[arg-type]
         self.count = StepCount(ctx, options.steps)
 
     def _rows(self) -> Tensor:
@@ -153,11 +157,14 @@ class _Run:
         z = torch.randn(size, o.latent, generator=rng).to(device)
         adam = torch.optim.Adam([*g.parameters(), *layer.parameters()], lr=o.lr, betas=(0.5, 0.999))
         best, least = z, torch.tensor(torch.inf, device=device)
+        statistics: list[tuple[Tensor, Tensor]] = []
         model = teachers(self.ctx)
         with tap_batch_norms(model.models, required=False) as taps:
             for step in range(o.steps):
                 taps.seen.clear()
-                u = g(z if o.input == "noise" else layer(self.rows[labels]))
+                if o.input == "noise" and step:
+                    z = torch.randn(size, o.latent, generator=rng).to(device)
+                u = g(layer(self.rows[labels]) if o.input in ("labels", "one_hot") else z)
                 loss = self._loss(model, taps, shift_and_flip(u, rng, o.pad), labels)
                 adam.zero_grad()
                 loss.backward()
@@ -165,7 +172,9 @@ class _Run:
                 better = loss.detach() < least
                 best = torch.where(better, u.detach(), best) if step else u.detach()
                 least = torch.where(better, loss.detach(), least)
+                statistics = [(tap.mean.detach(), tap.var.detach()) for tap in taps.seen]
                 done(step, loss)
+            self.past.add(statistics)
         if not bool(torch.isfinite(best).all()):
             raise CalibrationError("synthesis diverged: the images are not finite; lower lr")
         return self.space.place(best)
@@ -173,9 +182,8 @@ class _Run:
     def _loss(self, model: Teachers, taps: Taps, u: Tensor, labels: Tensor) -> Tensor:
         o, x = self.options, self.space.place(u)
         outputs = model(x)
-        loss = o.a_cls * average(lambda out: F.cross_entropy(out, labels), outputs) + o.a_bn * variance_loss(taps).to(
-            x.device
-        )
+        loss = o.a_cls * average(lambda out: F.cross_entropy(out, labels), outputs)
+        loss = loss + o.a_bn * variance_loss(taps, self.past).to(x.device)
         if self.ctx.student is None:
             return loss
         logits, theirs = outputs[0], self.ctx.student(x)

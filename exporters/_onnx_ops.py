@@ -9,6 +9,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx, nn
 
+from ptq.graph.integer import stored_shift
 from ptq.graph.ops import find_op
 from ptq.quant.affine import QParams
 from ptq.quant.fake_quant import integer_codes
@@ -93,10 +94,14 @@ def _dequantize(b: Builder, codes: str, output: str, q: QParams, zero_type: Any,
 
 
 def quantize_value(b: Builder, x: str, name: str, q: QParams, bounds: tuple[int, int]) -> str:
-    """QuantizeLinear, a Clip of the codes to `bounds` where the 8-bit container reaches further, DequantizeLinear."""
+    """QuantizeLinear, a Clip of the codes to `bounds` where the 8-bit container reaches further, DequantizeLinear.
+
+    Signed codes are stored 128 higher, as bytes: onnxruntime has no integer kernel for a Clip of int8.
+    """
+    shift = stored_shift(q)
     scale = b.constant(f"{name}.scale", q.scale.detach().cpu().numpy())
-    zero = b.constant(f"{name}.zero_point", q.zero_point.cpu().numpy().astype(np.uint8))
-    low, high = bounds
+    zero = b.constant(f"{name}.zero_point", (q.zero_point.cpu().numpy() + shift).astype(np.uint8))
+    low, high = bounds[0] + shift, bounds[1] + shift
     whole = (low, high) == (0, 255)
     codes = b.add("QuantizeLinear", [x, scale, zero], f"{name}.codes" if whole else f"{name}.wide")
     if not whole:
@@ -121,17 +126,31 @@ def _conv(b: Builder, node: fx.Node, out: str) -> str:
         left, right, top, bottom = (*b.module(source).pads, 0, 0)[:4]
         source = source.all_input_nodes[0]
     ph, pw = m.padding
-    return b.add(
-        "Conv", [b.names[source], _weight(b, node), *_bias(b, node)], out, kernel_shape=list(m.kernel_size),
-        strides=list(m.stride), dilations=list(m.dilation), group=m.groups,
+    kept = _stays_float(b, node)
+    conv = b.add(
+        "Conv", [b.names[source], _weight(b, node), *_bias(b, node)], f"{out}.float" if kept else out,
+        kernel_shape=list(m.kernel_size), strides=list(m.stride), dilations=list(m.dilation), group=m.groups,
         pads=[top + ph, left + pw, bottom + ph, right + pw],
     )  # fmt: skip
+    return b.add("Sum", [conv], out) if kept else conv
+
+
+def _stays_float(b: Builder, node: fx.Node) -> bool:
+    """Whether a layer's weight is float between quantized tensors.
+
+    onnxruntime rounds such a weight to 8 bits on its own (its WeightBiasQuantization), unless something, such as a sum of one
+    tensor, stands between the layer and the QuantizeLinear behind it.
+    """
+    return integer_codes(b.module(node), "weight") is None
 
 
 def _linear(b: Builder, node: fx.Node, out: str) -> str:
     x = b.inputs(node)[0]
     if len(node.meta["shape"]) == 1:
-        return b.add("Gemm", [x, _weight(b, node), *_bias(b, node)], out, transB=1)
+        kept = _stays_float(b, node)
+        inputs = [x, _weight(b, node), *_bias(b, node)]
+        gemm = b.add("Gemm", inputs, f"{out}.float" if kept else out, transB=1)
+        return b.add("Sum", [gemm], out) if kept else gemm
     bias = _bias(b, node)
     product = b.add("MatMul", [x, _weight(b, node, transpose=True)], f"{out}.product" if bias else out)
     return b.add("Add", [product, *bias], out) if bias else product

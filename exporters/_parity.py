@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from ptq.errors import ExportError
+from ptq.graph.integer import stored_shift
 from ptq.quant.affine import dequantize, quantize
 from ptq.quant.fake_quant import ActFakeQuant
 
@@ -126,7 +127,7 @@ class _Forced(fx.Interpreter):
             return super().run_node(n)
         name = n.meta["value"]
         q, x = module.qparams, self.env[n.all_input_nodes[0]]
-        theirs = torch.from_numpy(self.codes[name].astype(np.int32)).to(x.device)
+        theirs = torch.from_numpy(self.codes[name].astype(np.int32)).to(x.device) - stored_shift(q)
         gap = (quantize(x, q) - theirs).abs()
         entry = self.found.setdefault(name, TensorParity(name))
         entry.steps = max(entry.steps, int(gap.max()))

@@ -18,6 +18,7 @@ from ptq.errors import (
     ReconstructionError,
     SpecError,
 )
+from ptq.mixed_precision import BitSensitivity, bit_sensitivity
 from ptq.pipeline import export, quantize
 from ptq.similarity import Similarity
 from ptq.sources import Synthesis, data_similarity, synthesize
@@ -26,7 +27,7 @@ from ptq.spec import BitConfig
 load = QuantizedModel.load
 
 __all__ = [
-    "ArtifactError", "BitConfig", "CalibrationError", "ExportError", "ModelError", "PluginError", "PtqError",
-    "QuantizedModel", "ReconstructionError", "Similarity", "SpecError", "Synthesis", "data_similarity", "export", "load",
-    "quantize", "synthesize",
+    "ArtifactError", "BitConfig", "BitSensitivity", "CalibrationError", "ExportError", "ModelError", "PluginError", "PtqError",
+    "QuantizedModel", "ReconstructionError", "Similarity", "SpecError", "Synthesis", "bit_sensitivity", "data_similarity",
+    "export", "load", "quantize", "synthesize",
 ]  # fmt: skip

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, fx
 
-from ptq.errors import ArtifactError
+from ptq.errors import ArtifactError, SpecError
 from ptq.graph.integer import to_integer
 from ptq.graph.ops import weighted_nodes
 from ptq.graph.plan import QuantPlan
@@ -25,7 +25,7 @@ from ptq.quant.affine import QParams
 from ptq.quant.fake_quant import ActFakeQuant, integer_codes
 
 SCHEMA = 1
-MANIFEST, TENSORS = "manifest.json", "tensors.safetensors"
+MANIFEST, TENSORS, PLAN = "manifest.json", "tensors.safetensors", "plan.json"
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,7 @@ class QuantizedModel:
     def write(self, folder: Path) -> None:
         """Writes manifest and tensors into an existing folder."""
         rows = {"manifest": asdict(self.manifest), "plan": self.plan.to_json(), "graph": graph_to_json(self.student)}
+        write_plan(self.plan, folder / PLAN)
         (folder / MANIFEST).write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         state = {k: v.detach().cpu().contiguous().clone() for k, v in self.student.state_dict().items()}
         save_file(state, str(folder / TENSORS))
@@ -207,6 +208,35 @@ def whole_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def read_plan(path: Path) -> QuantPlan:
+    """The plan in a JSON file: what a run wrote as `plan.json`, or its manifest.
+
+    Raises:
+        ArtifactError: the file cannot be read or holds no plan.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return QuantPlan.from_json(data.get("plan", data))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SpecError) as e:
+        raise ArtifactError(f"{path} is not a plan of this program: {type(e).__name__}: {e}") from e
+
+
+def write_plan(plan: QuantPlan, path: Path) -> None:
+    """Writes a plan that `read_plan` reads; the file appears whole or not at all.
+
+    Raises:
+        ArtifactError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        partial.write_text(json.dumps(plan.to_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as e:
+        raise ArtifactError(f"{path} cannot be written: {e}") from e
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def versions() -> dict[str, str]:

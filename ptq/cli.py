@@ -15,9 +15,10 @@ from rich.console import Console
 from torch import nn
 
 from ptq import plugins
-from ptq.artifact import QuantizedModel, check_free, integer_bytes, whole_folder
+from ptq.artifact import QuantizedModel, check_free, integer_bytes, read_plan, whole_folder
 from ptq.cli_images import further, run_similarity, run_synthesize, sized
 from ptq.cli_options import build_parser
+from ptq.cli_sensitivity import run_sensitivity
 from ptq.contracts import CalibrationContext, Presets
 from ptq.errors import ArtifactError, ExportError, PtqError, ReconstructionError, SpecError
 from ptq.evaluate import check_labels, onnx_runner, runner, top1
@@ -29,11 +30,15 @@ from ptq.pictures import Fit, Pictures, open_pictures
 from ptq.pipeline import export, proof_images, quantize
 from ptq.report import Section, markdown, plan_sections, print_sections, run_sections
 from ptq.run import normalization
-from ptq.spec import BitConfig, PlanRules
+from ptq.spec import BitConfig, Override, PlanRules
 from ptq.terminal import shown
 
 _CPU = torch.device("cpu")
-_RECIPE = ("bits", "data", "rounding", "ranges", "edges", "adds", "seed")  # what --recipe takes over from a manifest
+# What --recipe takes over from a manifest, and what stands where neither says anything.
+_RECIPE: dict[str, Any] = {
+    "bits": "w8a8", "data": "auto", "rounding": "genie_m", "ranges": "lp_best", "finish": None, "repair": "none",
+    "edges": "brecq", "adds": 8, "weights": "auto", "activations": "unsigned", "layers": None, "seed": 0,
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,15 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _settle(args: argparse.Namespace) -> None:
     """Fills in what the command line left open: from the recipe, then the defaults."""
-    recipe: dict[str, Any] = {
-        "bits": "w8a8",
-        "data": "auto",
-        "rounding": "genie_m",
-        "ranges": "lp_best",
-        "edges": "brecq",
-        "adds": 8,
-        "seed": 0,
-    }
+    recipe = dict(_RECIPE)
     if getattr(args, "recipe", None) is not None:
         found = _read_recipe(args.recipe)
         if (number := found.pop("further_teachers")) != len(args.with_models or []):
@@ -76,6 +73,9 @@ def _settle(args: argparse.Namespace) -> None:
     for name, setting in recipe.items():
         if getattr(args, name, None) is None:
             setattr(args, name, setting)
+    args.layers = [*(args.layers or []), *(f"{name}=float" for name in args.skip or [])]
+    if getattr(args, "finish", None) == "none":
+        args.finish = None
     if args.input_shape is None:
         raise SpecError("the input shape is missing; give --input-shape C,H,W, as in --input-shape 3,224,224")
 
@@ -83,7 +83,7 @@ def _settle(args: argparse.Namespace) -> None:
 def _read_recipe(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))["manifest"]
-        found = {name: manifest["recipe"][name] for name in _RECIPE}
+        found = {name: manifest["recipe"].get(name, default) for name, default in _RECIPE.items()}
         found["further_teachers"] = manifest["recipe"].get("further_teachers", 0)
         return found | {name: manifest[name] and tuple(manifest[name]) for name in ("input_shape", "mean", "std")}
     except (OSError, ValueError, KeyError, TypeError) as e:
@@ -98,6 +98,7 @@ def _quantize(args: argparse.Namespace) -> int:
     console = Console(stderr=True)
     common: dict[str, Any] = {
         "input_shape": args.input_shape, "ranges": args.ranges, "edges": args.edges, "adds": args.adds,
+        "weights": args.weights, "activations": args.activations, "layers": args.layers, "repair": args.repair,
         "effort": args.effort, "target": target, "mean": args.mean, "std": args.std, "seed": args.seed,
         "device": args.device, "cache": args.cache, "source": f"{args.model.name}" + (f" ({args.arch})" if args.arch else ""),
     }  # fmt: skip
@@ -109,6 +110,9 @@ def _quantize(args: argparse.Namespace) -> int:
             args.bits,
             sized(args.data, args),
             rounding=args.rounding,
+            finish=args.finish,
+            plan=args.plan,
+            cache_memory=args.cache_memory,
             teachers=teachers,
             feedback=feedback,
             **common,
@@ -188,7 +192,7 @@ def _baselines(
     assert qm.images is not None
     source = plugins.build("calibrators", qm.manifest.recipe["data"])
     again = _Again(qm.images, source.synthetic, source.teacher_bn, source.batch_size, len(qm.images))
-    nearest = quantize(model, args.bits, again, rounding="nearest", **common)  # pyright: ignore[reportArgumentType]
+    nearest = quantize(model, args.bits, again, rounding="nearest", plan=qm.plan, **common)  # pyright: ignore[reportArgumentType]
     name = qm.manifest.recipe["rounding"].partition(":")[0]
     runs = {"float": runner(model, _CPU), "nearest": runner(nearest.graph, _CPU)}
     return runs | ({} if name == "nearest" else {name: runner(qm.graph, _CPU)})
@@ -204,7 +208,13 @@ def _inspect(args: argparse.Namespace) -> int:
     _settle(args)
     model = load_model(args.model, args.arch, trust_pickle=args.trust_pickle)
     folded = fold_batch_norm(trace(model, args.input_shape))
-    plan = make_plan(folded, BitConfig.parse(args.bits), PlanRules(args.edges, args.adds))
+    if args.plan is not None:
+        plan = read_plan(args.plan)
+        plan.check(folded)
+    else:
+        overrides = tuple(Override.parse(text) for text in args.layers)
+        rules = PlanRules(args.edges, args.adds, args.weights, args.activations, overrides)
+        plan = make_plan(folded, BitConfig.parse(args.bits), rules)
     print_sections(Console(), plan_sections(folded, plan))
     return 0
 
@@ -237,7 +247,8 @@ def _eval(args: argparse.Namespace) -> int:
 
 def _list(args: argparse.Namespace) -> int:
     kinds: tuple[tuple[plugins.Kind, str], ...] = (
-        ("calibrators", "Data sources (--data)"), ("reconstructors", "Rounding (--rounding)"), ("exporters", "Targets (--target)"),
+        ("calibrators", "Data sources (--data)"), ("reconstructors", "Rounding (--rounding)"),
+        ("finishers", "Joint passes (--finish)"), ("exporters", "Targets (--target)"),
     )  # fmt: skip
     for kind, title in kinds:
         found = {name: plugins.load(kind, name) for name in plugins.names(kind)}
@@ -279,5 +290,5 @@ def _demo(args: argparse.Namespace) -> int:
 
 _COMMANDS = {
     "quantize": _quantize, "inspect": _inspect, "export": _export, "eval": _eval, "list": _list, "demo": _demo,
-    "synthesize": run_synthesize, "similarity": run_similarity,
+    "synthesize": run_synthesize, "similarity": run_similarity, "sensitivity": run_sensitivity,
 }  # fmt: skip

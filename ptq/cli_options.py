@@ -7,7 +7,7 @@ from typing import Any
 
 from ptq.contracts import EFFORTS
 from ptq.quant.ranges import RANGES
-from ptq.spec import EDGES
+from ptq.spec import ACTIVATIONS, EDGES, WEIGHTS
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -25,6 +25,11 @@ def build_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
         ("synthesize", _synthesize_options, "make calibration images from a network, and look at them"),
         ("similarity", _similarity_options, "how much images look like the training data, to a network"),
         ("eval", _eval_options, "accuracy of a quantized network and of its ONNX file, side by side"),
+        (
+            "sensitivity",
+            _sensitivity_options,
+            "what each bit width costs, layer by layer, and plans that meet a budget",
+        ),
         ("list", _list_options, "the data sources, rounding methods and targets there are"),
         ("demo", _demo_options, "train a small network on handwritten digits and quantize it"),
     ):
@@ -105,7 +110,9 @@ def _teacher_options(p: argparse.ArgumentParser) -> None:
 def _model_options(p: argparse.ArgumentParser) -> None:
     _network_options(p)
     p.add_argument(
-        "--bits", help="w<weights>a<activations>, 2 to 8 bits each; w4 leaves activations float; default w8a8"
+        "--bits",
+        help="w<weights>a<activations>, 2 to 8 bits each; w4 leaves activations float; auto:size=1.2MB,a4 or auto:bops=2.5G: "
+        "the widths of single layers that meet a budget (quantize only); default w8a8",
     )
     p.add_argument(
         "--edges",
@@ -113,6 +120,28 @@ def _model_options(p: argparse.ArgumentParser) -> None:
         help="first and last layer: brecq, qdrop keep 8 bits there, all does not; default brecq",
     )
     p.add_argument("--adds", type=int, metavar="BITS", help="bits of tensors that enter no weighted layer; default 8")
+    p.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        help="grids of weights; auto: asymmetric below 5 bits, symmetric above; default auto",
+    )
+    p.add_argument(
+        "--activations", choices=ACTIVATIONS,
+        help="unsigned codes with a zero point where needed, or signed codes symmetric about 0; default unsigned",
+    )  # fmt: skip
+    p.add_argument(
+        "--set", dest="layers", action="append", metavar="LAYER=BITS",
+        help="widths of the layers that match, 'layer3.*=w8a8', fc=w8, conv1=a8; may be repeated, the last match counts",
+    )  # fmt: skip
+    p.add_argument(
+        "--skip",
+        action="append",
+        metavar="LAYER",
+        help="layers that stay float; * and ? as in file names; may be repeated",
+    )
+    p.add_argument(
+        "--plan", type=Path, metavar="FILE", help="every width from the plan.json of an earlier run, in place of --bits"
+    )
 
 
 def _quantize_options(p: argparse.ArgumentParser) -> None:
@@ -120,8 +149,25 @@ def _quantize_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("-o", "--output", type=Path, required=True, help="folder to write; appears whole or not at all")
     _teacher_options(p)
     _image_options(p)
-    p.add_argument("--rounding", help="genie_m or nearest, with options likewise; default genie_m")
-    p.add_argument("--ranges", choices=RANGES, help="how scales are chosen; default lp_best")
+    p.add_argument(
+        "--repair",
+        help="equalize (channels of neighbouring layers), bias or analytic_bias (the mean that rounding cost), statistics (its "
+        "deviation too), joined by +; default none",
+    )
+    p.add_argument(
+        "--finish", help="a joint pass over all layers after rounding, logits:steps=300; none for none; default none"
+    )
+    p.add_argument(
+        "--cache-memory", type=float, metavar="GB",
+        help="host memory for what blocks see, the rest goes to disk; default: a quarter of what is free",
+    )  # fmt: skip
+    p.add_argument(
+        "--rounding", help="genie_m, qdrop, brecq, adaround or nearest, with options likewise; default genie_m"
+    )
+    p.add_argument(
+        "--ranges",
+        help=f"how scales are chosen: {', '.join(RANGES)}; percentile:99.9 and lp:2 say more; default lp_best",
+    )
     p.add_argument(
         "--target",
         default="onnx_qdq",
@@ -180,6 +226,23 @@ def _similarity_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("-n", "--count", type=int, metavar="IMAGES", help="of each set; default: all, or as the effort says")
     p.add_argument("--layers", action="store_true", help="print the figure of every layer too")
     _image_options(p)
+    p.add_argument("--quiet", action="store_true", help="show no progress")
+    p.add_argument("--json", action="store_true", help="print the figures as JSON")
+
+
+def _sensitivity_options(p: argparse.ArgumentParser) -> None:
+    _network_options(p)
+    _teacher_options(p)
+    _image_options(p)
+    p.add_argument("--widths", type=_numbers(int), default=(2, 3, 4, 6, 8), metavar="B,B,…", help="default 2,3,4,6,8")
+    p.add_argument("-n", "--count", type=int, metavar="IMAGES", help="how many; default 256")
+    p.add_argument("--ranges", default="lp", help="how scales are chosen, as for quantize; default lp")
+    p.add_argument("--edges", choices=EDGES, default="brecq", help="as for quantize, of the plan; default brecq")
+    p.add_argument(
+        "--bits", help="auto:size=1.2MB,a4 or auto:bops=2.5G: also the plan that meets this budget, written to --output"
+    )
+    p.add_argument("-o", "--output", type=Path, metavar="FILE", help="plan.json to write, for 'ptq quantize --plan'")
+    p.add_argument("--force", action="store_true", help="overwrite that file")
     p.add_argument("--quiet", action="store_true", help="show no progress")
     p.add_argument("--json", action="store_true", help="print the figures as JSON")
 

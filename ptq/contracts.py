@@ -1,4 +1,4 @@
-"""What a plug-in is: the protocols `Calibrator`, `Reconstructor` and `Exporter`, and what they are handed.
+"""What a plug-in is: the protocols `Calibrator`, `Reconstructor`, `Finisher` and `Exporter`, and what they are handed.
 
 A plug-in is a frozen dataclass: its fields are its hyper-parameters (defaults: its paper's), its methods the algorithm, its
 file name its registration. `presets` gives the fields that the named efforts "quick" and "standard" change.
@@ -49,6 +49,18 @@ def make_rng(seed: int, label: str, device: torch.device | str = "cpu") -> torch
     """A random generator for one purpose: the same seed and label give the same numbers, other labels unrelated ones."""
     digest = hashlib.sha256(f"{seed}:{label}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def hold_back(images: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Images [N, C, H, W] to work on, and a random `share` of them, at least 16, that shall only judge the result.
+
+    Fewer than 48 images are all worked on: none are held back.
+    """
+    if len(images) < 48:
+        return images, images[:0]
+    held = max(16, int(share * len(images)))
+    order = torch.randperm(len(images), generator=make_rng(seed, "held back"))
+    return images[order[held:]], images[order[:held]]
 
 
 def valid_range(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,11 +175,27 @@ class Calibrator(Protocol):
 class Reconstructor(Protocol):
     """A rounding method, block by block."""
 
-    unit: ClassVar[Literal["layer", "block"]]
-    needs_fisher: ClassVar[bool]
     presets: ClassVar[Presets]
-    steps: int  # optimizer steps a block; 0: nearest rounding stays
-    batch_size: int
+
+    @property
+    def unit(self) -> Literal["layer", "block"]:
+        """What is fitted at a time."""
+        ...
+
+    @property
+    def needs_fisher(self) -> bool:
+        """Whether `loss` is to be handed Fisher weights."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps a block; 0: nearest rounding stays."""
+        ...
+
+    @property
+    def batch_size(self) -> int:
+        """Images a step."""
+        ...
 
     def attach(self, block: nn.Module, rng: torch.Generator) -> list[dict[str, Any]]:
         """Makes the rounding in `block` learnable. Returns Adam parameter groups, each with `params`, `lr` and `cosine`
@@ -187,6 +215,37 @@ class Reconstructor(Protocol):
         progress: float,
     ) -> Tensor:
         """The scalar to minimize, of the block's outputs and the teacher's; `progress` runs from 0 to 1."""
+        ...
+
+    @classmethod
+    def smoke(cls, folder: Path) -> Self:
+        """Options that finish on a CPU in a second."""
+        ...
+
+
+class Finisher(Protocol):
+    """A pass over the whole network after its blocks.
+
+    held_out: share of the calibration images that neither blocks nor this pass are fitted to, and that judge it.
+    """
+
+    presets: ClassVar[Presets]
+
+    @property
+    def held_out(self) -> float:
+        """Of all images, between 0 and 1."""
+        ...
+
+    def finish(
+        self, reference: fx.GraphModule, student: fx.GraphModule, images: Tensor, judges: Tensor,
+        *, seed: int, device: torch.device, feedback: Feedback,
+    ) -> tuple[fx.GraphModule, dict[str, float]]:  # fmt: skip
+        """The hardened student, tuned or, where that does not help, as it was; and figures for the manifest.
+
+        Args:
+            reference: the float network, same value names. student: hardened; it is not changed.
+            images: calibration images [N, C, H, W], in host memory. judges: those held back; there may be none.
+        """
         ...
 
     @classmethod

@@ -9,36 +9,46 @@ import torch
 from torch import Tensor, fx, nn
 
 from ptq import plugins
-from ptq.artifact import Manifest, QuantizedModel, value_ranges, versions
-from ptq.contracts import Exporter, Feedback, Reconstructor, make_rng, valid_range
-from ptq.errors import CalibrationError, ExportError, ModelError
+from ptq.activation_ranges import activation_ranges
+from ptq.artifact import Manifest, QuantizedModel, read_plan, value_ranges, versions
+from ptq.contracts import Exporter, Feedback, Finisher, Reconstructor, hold_back, make_rng
+from ptq.errors import ExportError, ModelError, SpecError
 from ptq.evaluate import agreement, outputs, runner, sqnr_db
-from ptq.graph.batch_statistics import use_batch_statistics
-from ptq.graph.fold_bn import fold_batch_norm, fold_error, unfolded
+from ptq.graph.channel_means import expected_means
+from ptq.graph.equalize import equalize
+from ptq.graph.fold_bn import fold_batch_norm, fold_error, give_biases, unfolded
 from ptq.graph.insert import insert_fake_quant
-from ptq.graph.observe import input_params, observe, weight_params
+from ptq.graph.observe import weight_params
 from ptq.graph.ops import input_node
 from ptq.graph.plan import QuantPlan, make_plan
-from ptq.quant.affine import QParams
-from ptq.quant.ranges import Estimator, estimators
+from ptq.mixed_precision import plan_within
+from ptq.quant.ranges import estimators
 from ptq.reconstruct._loop import reconstruct_blocks
+from ptq.reconstruct._repair import mend
 from ptq.run import Run, floats, start_run
 from ptq.sources import Data, build_source, gather, settle_source, trace_all
-from ptq.spec import BitConfig, PlanRules
+from ptq.spec import BitConfig, Budget, Override, PlanRules, Repair
 
 _FOLD_TOLERANCE = 1e-5  # relative; folding in float64 costs one rounding of each weight
+_EQUAL_TOLERANCE = 1e-3  # likewise; equalized channels differ by orders of magnitude in what they round
 
 
 def quantize(
     model: nn.Module,
-    bits: str | BitConfig = "w8a8",
+    bits: str | BitConfig | Budget = "w8a8",
     data: Data = "auto",
     *,
     input_shape: tuple[int, int, int],
     rounding: str | Reconstructor = "genie_m",
     ranges: str = "lp_best",
+    finish: str | Finisher | None = None,
+    repair: str | Repair = "none",
     edges: str = "brecq",
     adds: int = 8,
+    weights: str = "auto",
+    activations: str = "unsigned",
+    layers: Iterable[str | Override] = (),
+    plan: QuantPlan | str | Path | None = None,
     effort: str = "standard",
     target: str | Exporter | None = None,
     teachers: Sequence[nn.Module] = (),
@@ -47,6 +57,7 @@ def quantize(
     seed: int = 0,
     device: str | torch.device = "cpu",
     cache: str | Path | None = None,
+    cache_memory: float | None = None,
     source: str = "python",
     feedback: Feedback | None = None,
 ) -> QuantizedModel:
@@ -54,14 +65,19 @@ def quantize(
 
     Args:
         model: a network with one tensor in, `[B, C, H, W]`, and one out.
-        bits: "w4a4": 4-bit weights, 4-bit activations; "w4": weights only; 2 to 8 each.
+        bits: "w4a4": 4-bit weights, 4-bit activations; "w4": weights only; 2 to 8 each. "auto:size=1.2MB,a4" or
+            "auto:bops=2.5G": the widths of single layers that meet a budget at the least cost, see `ptq.mixed_precision`.
         data: calibration images: a source by name with options, "genie:steps=500,count=256", "gaussian", "images:PATH";
             "auto", the best that the network supports; a calibrator object; a tensor `[N, C, H, W]`, a Dataset, a
             DataLoader or an iterable of images or batches, in the network's input space (of pairs, the first counts).
         input_shape: (C, H, W).
-        rounding: "genie_m", "nearest", with options as above, or a reconstructor object.
-        ranges: how scales are chosen: "lp", "lp_best" (the norm too), "minmax" or "smoothed".
-        edges, adds: where which width goes, see `ptq.spec.PlanRules`.
+        rounding: "genie_m", "qdrop", "brecq", "adaround" or "nearest", with options as above, or a reconstructor object.
+        ranges: how scales are chosen, see `ptq.quant.ranges`: "lp_best", "lp:2", "percentile:99.9", "minmax", …
+        finish: a joint pass over all layers after rounding: "logits", with options, or a finisher object.
+        repair: "equalize", "bias", "analytic_bias", "statistics", joined by +; see `ptq.spec.Repair`.
+        edges, adds, weights, activations: where which grid goes, see `ptq.spec.PlanRules`.
+        layers: widths of single layers, "layer3.*=w8a8", "fc=w8", "conv1=float"; of several that match, the last counts.
+        plan: every width, in place of `bits` and the rules: a plan or the `plan.json` of an earlier run.
         effort: "quick", "standard" or "full" (the papers' numbers): defaults for what `data` and `rounding` leave open.
         target: an exporter to check the plan against before any work is spent, such as "onnx_qdq".
         teachers: further trained networks that take the same inputs; synthetic images are then made to suit all.
@@ -69,61 +85,130 @@ def quantize(
             grid covers exactly the valid pixels.
         seed: of every random choice. device: where the work is done. source: what the manifest calls the network.
         cache: folder that keeps finished batches of images; a run that was interrupted goes on from there.
+        cache_memory: gigabytes of host memory for what blocks see, the rest goes to disk; default: a quarter of what is free.
         feedback: where progress and notes go.
 
     Returns:
         The quantized network; `.graph` runs, `.save(folder)` writes it, `ptq.export` writes ONNX.
 
     Raises:
-        SpecError, PluginError, ModelError, CalibrationError, ExportError: a bad argument, before any work is spent, or a
-            network that cannot be served; the message says what to do.
+        SpecError, PluginError, ModelError, CalibrationError, ExportError, ReconstructionError: a bad argument, before any
+            work is spent, or a network that cannot be served; the message says what to do.
     """
-    bits = BitConfig.parse(bits) if isinstance(bits, str) else bits
-    rules, estimates = PlanRules(edges, adds), estimators(ranges)
-    images_from, (method, exporter) = build_source(data, effort), _plugins(rounding, target, effort)
+    rules = PlanRules(edges, adds, weights, activations, tuple(map(_override, layers)))
+    wanted, estimates, mends = (
+        read_bits(bits),
+        estimators(ranges),
+        Repair.parse(repair) if isinstance(repair, str) else repair,
+    )
+    images_from, (method, finisher, exporter) = build_source(data, effort), _plugins(rounding, finish, target, effort)
+    memory = None if cache_memory is None else int(cache_memory * 1e9)
     run = start_run(input_shape, device, seed, mean, std, feedback, cache)
-    networks, folded = run.timed("trace", _prepare, model, teachers, run)
-    teacher, plan = networks[0], make_plan(folded, bits, rules)
+    common: dict[str, Any] = {"device": run.device, "feedback": replace(run.feedback, note=run.note)}
+    networks, folded = run.timed("trace", _prepare, model, teachers, run, mends)
+    teacher, planned = networks[0], _planned(folded, wanted, rules, plan)
     if exporter is not None:
-        exporter.check(folded, plan)
+        exporter.check(folded, planned)
     images_from = settle_source(images_from, networks, run, effort)
     images = run.timed("calibration images", gather, images_from, networks, run)
     metrics: dict[str, Any] = {"fold_error": _check_fold(teacher, folded, images, run)}
-    acts = run.timed("ranges", _ranges, teacher, folded, plan, images, estimates, images_from, run)
-    student = insert_fake_quant(folded, plan, acts, weight_params(folded, plan, estimates[0], acts)).to(run.device)
-    method = _suited(method, images_from, run)
+    reference, folded = _equalized(teacher, folded, images, images_from, mends, run)
+    if isinstance(wanted, Budget) and plan is None:
+        planned = run.timed(
+            "bit widths", plan_within, folded, wanted, rules, images[:256], estimates[0], seed=seed, **common
+        )
+    acts = run.timed("ranges", activation_ranges, reference, folded, planned, images, estimates, images_from, run)
+    student = insert_fake_quant(folded, planned, acts, weight_params(folded, planned, estimates[0], acts)).to(
+        run.device
+    )
+    method, finisher = _suited(method, finisher, images_from, run)
+    seen, held = (images, images[:0]) if finisher is None else hold_back(images, finisher.held_out, seed)
     graph, blocks = run.timed(
-        "reconstruction", reconstruct_blocks, teacher, student, images, method,
-        seed=seed, device=run.device, feedback=run.feedback,
-    )  # fmt: skip
+        "reconstruction", reconstruct_blocks, reference, student, seen, method, seed=seed, memory=memory, **common
+    )
+    if mends.bias != "none":
+        expected = expected_means(teacher)
+        floats_only = folded.to(run.device)
+        graph = run.timed("repair", mend, floats_only, graph, images, mends, expected, memory=memory, **common)
+    if finisher is not None:
+        graph, figures = run.timed("joint pass", finisher.finish, reference, graph, seen, held, seed=seed, **common)
+        metrics |= figures
     metrics |= run.timed("comparison", _compare, teacher, student, graph, images, run)
     recipe = {
-        "bits": str(bits), "data": _describe(images_from), "rounding": plugins.describe(method), "ranges": ranges,
-        "edges": edges, "adds": adds, "seed": seed, "device": str(device), "further_teachers": len(teachers),
+        "bits": str(wanted), "data": _describe(images_from), "rounding": plugins.describe(method), "ranges": ranges,
+        "edges": edges, "adds": adds, "weights": weights, "activations": activations,
+        "layers": [str(o) for o in rules.overrides], "repair": str(mends),
+        "finish": None if finisher is None else plugins.describe(finisher),
+        "seed": seed, "device": str(device), "further_teachers": len(teachers),
     }  # fmt: skip
     manifest = Manifest(
-        source, run.shape, floats(run.mean), floats(run.std), str(bits), recipe, versions(), value_ranges(graph),
+        source, run.shape, floats(run.mean), floats(run.std), str(wanted), recipe, versions(), value_ranges(graph),
         [{**asdict(b), "layers": list(b.layers)} for b in blocks], metrics, run.seconds, run.notes,
     )  # fmt: skip
-    return QuantizedModel(graph.to("cpu"), plan, manifest, images)
+    return QuantizedModel(graph.to("cpu"), planned, manifest, images)
+
+
+def read_bits(bits: str | BitConfig | Budget) -> BitConfig | Budget:
+    """Widths or a budget, from text where it is text.
+
+    Raises:
+        SpecError: the text is neither.
+    """
+    if not isinstance(bits, str):
+        return bits
+    return Budget.parse(bits) if bits.strip().lower().startswith("auto") else BitConfig.parse(bits)
+
+
+def _override(given: str | Override) -> Override:
+    return Override.parse(given) if isinstance(given, str) else given
 
 
 def _plugins(
-    rounding: str | Reconstructor, target: str | Exporter | None, effort: str
-) -> tuple[Reconstructor, Exporter | None]:
-    method = plugins.build("reconstructors", rounding, effort) if isinstance(rounding, str) else rounding
-    return method, plugins.build("exporters", target) if isinstance(target, str) else target
+    rounding: str | Reconstructor, finish: str | Finisher | None, target: str | Exporter | None, effort: str
+) -> tuple[Reconstructor, Finisher | None, Exporter | None]:
+    return (
+        plugins.build("reconstructors", rounding, effort) if isinstance(rounding, str) else rounding,
+        plugins.build("finishers", finish, effort) if isinstance(finish, str) else finish,
+        plugins.build("exporters", target) if isinstance(target, str) else target,
+    )
 
 
 def _prepare(
-    model: nn.Module, teachers: Sequence[nn.Module], run: Run
+    model: nn.Module, teachers: Sequence[nn.Module], run: Run, mends: Repair
 ) -> tuple[tuple[fx.GraphModule, ...], fx.GraphModule]:
     networks = trace_all(model, teachers, run)
     folded = fold_batch_norm(networks[0])
     left = unfolded(folded)
     if left:
         run.note(f"{len(left)} BatchNorm without a layer before it stay float: {', '.join(left[:5])}")
-    return networks, folded
+    return networks, folded if mends.bias == "none" else give_biases(folded)
+
+
+def _planned(
+    folded: fx.GraphModule, wanted: BitConfig | Budget, rules: PlanRules, given: QuantPlan | str | Path | None
+) -> QuantPlan:
+    """The plan: as given, or by the rules. Of a budget, with all widths at 8 bits until there are images to choose by."""
+    if given is None:
+        return make_plan(folded, BitConfig(8, wanted.act) if isinstance(wanted, Budget) else wanted, rules)
+    plan = given if isinstance(given, QuantPlan) else read_plan(Path(given))
+    plan.check(folded)
+    return plan
+
+
+def _equalized(
+    teacher: fx.GraphModule, folded: fx.GraphModule, images: Tensor, images_from: Any, mends: Repair, run: Run
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """The float network that blocks are fitted to, and its folded form: the teacher's own, or equalized ones."""
+    if not mends.equalize:
+        return teacher, folded
+    if getattr(images_from, "teacher_bn", "running") == "batch":
+        raise SpecError("equalize needs the network's own statistics; these images are for those of the batch")
+    equal, pairs = equalize(folded.to(run.device), images[:512].split(64), run.device)
+    if not pairs:
+        run.note("no two neighbouring layers can be equalized: nothing to do")
+    if not (error := fold_error(teacher, equal, images[:64].to(run.device))) < _EQUAL_TOLERANCE:
+        run.note(f"equalization changed the outputs by {error:.1e} of their largest")
+    return equal, equal
 
 
 def _check_fold(teacher: fx.GraphModule, folded: fx.GraphModule, images: Tensor, run: Run) -> float:
@@ -135,60 +220,14 @@ def _check_fold(teacher: fx.GraphModule, folded: fx.GraphModule, images: Tensor,
     return error
 
 
-def _input_ends(images: Tensor, synthetic: bool, run: Run) -> tuple[float, float] | None:
-    """Least and greatest value the network's input can take; None where the images themselves say.
-
-    The valid pixels where the normalization is stated. Else, for synthetic images, three deviations around the mean:
-    statistics are what such images share with real ones, not extremes, and an input cut off costs more than a coarser step.
-    """
-    if run.mean is not None and run.std is not None:
-        low, high = valid_range(run.mean, run.std)
-        return float(low.min()), float(high.max())
-    if not synthetic:
-        return None
-    std, mean = torch.std_mean(images, dim=(0, 2, 3), correction=0)
-    return float(torch.minimum((mean - 3 * std).min(), images.min())), float(
-        torch.maximum((mean + 3 * std).max(), images.max())
-    )
-
-
-def _ranges(
-    teacher: fx.GraphModule, folded: fx.GraphModule, plan: QuantPlan, images: Tensor, estimates: Sequence[Estimator],
-    images_from: Any, run: Run,
-) -> dict[str, QParams]:  # fmt: skip
-    """Activation grids by the estimator with which activations alone, quantized, change the network's output least."""
-    if not plan.values:
-        return {}
-    parts, watched = images.split(64), teacher
-    if getattr(images_from, "teacher_bn", "running") == "batch":
-        if len(images) < 2:
-            raise CalibrationError("BatchNorms on the batch's own statistics need at least 2 images; raise count")
-        watched, parts = (
-            use_batch_statistics(teacher),
-            images.tensor_split(-(-len(images) // max(images_from.batch_size, 2))),
-        )
-        estimates = estimates[-1:]  # the output, by which the best would be chosen, is not the network's own here
-    ends = _input_ends(images, getattr(images_from, "synthetic", False), run)
-    found = []
-    for estimate in estimates:
-        acts = observe(watched, plan, parts, estimate, rng=make_rng(run.seed, "ranges"), device=run.device)
-        if ends is not None:
-            acts |= input_params(*ends, plan, input_node(teacher).meta["value"])
-        found.append({name: q.to(run.device) for name, q in acts.items()})
-    if len(found) == 1:
-        return found[0]
-    batches, alone = images[:512].split(128), replace(plan, weights={})
-    real = outputs(runner(teacher, run.device), batches)
-    students = [insert_fake_quant(folded, alone, acts, {}).to(run.device) for acts in found]
-    return max(zip(found, students), key=lambda pair: sqnr_db(real, outputs(runner(pair[1], run.device), batches)))[0]
-
-
-def _suited(method: Reconstructor, images_from: Any, run: Run) -> Reconstructor:
-    """The rounding method, or nearest where the images do not suit the network's own statistics."""
-    if getattr(images_from, "teacher_bn", "running") == "running" or not method.steps:
-        return method
+def _suited(
+    method: Reconstructor, finisher: Finisher | None, images_from: Any, run: Run
+) -> tuple[Reconstructor, Finisher | None]:
+    """Rounding and joint pass, or nearest and none where the images do not suit the network's own statistics."""
+    if getattr(images_from, "teacher_bn", "running") == "running" or not (method.steps or finisher):
+        return method, finisher
     run.note("images for BatchNorms on batch statistics give ranges only; rounding is to nearest")
-    return plugins.build("reconstructors", "nearest")
+    return plugins.build("reconstructors", "nearest"), None
 
 
 def _compare(

@@ -1,7 +1,8 @@
 """Finds plug-ins by file name and builds them from text such as "genie:steps=500,count=256".
 
 The only dynamic import of the code base. A module of a plug-in folder without a leading underscore is a plug-in; other
-distributions add theirs through the entry-point groups `ptq.calibrators`, `ptq.reconstructors` and `ptq.exporters`.
+distributions add theirs through the entry-point groups `ptq.calibrators`, `ptq.reconstructors`,
+`ptq.finishers` and `ptq.exporters`.
 """
 
 import difflib
@@ -18,9 +19,10 @@ from typing import Any, Literal
 
 from ptq.errors import PluginError
 
-Kind = Literal["calibrators", "reconstructors", "exporters"]
+Kind = Literal["calibrators", "reconstructors", "finishers", "exporters"]
 _PACKAGES: dict[Kind, str] = {
-    "calibrators": "ptq.calibrators", "reconstructors": "ptq.reconstruct", "exporters": "ptq.exporters",
+    "calibrators": "ptq.calibrators", "reconstructors": "ptq.reconstruct", "finishers": "ptq.finish",
+    "exporters": "ptq.exporters",
 }  # fmt: skip
 
 

@@ -52,7 +52,7 @@ def test_weights_are_integers_on_disk(saved):
 
 
 def test_calibration_images_are_not_saved(saved):
-    assert {p.name for p in saved[1].iterdir()} == {"manifest.json", "tensors.safetensors"}
+    assert {p.name for p in saved[1].iterdir()} == {"manifest.json", "plan.json", "tensors.safetensors"}
 
 
 def test_folders_are_not_overwritten_by_accident(saved, tmp_path):

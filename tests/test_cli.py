@@ -36,6 +36,7 @@ def test_quantize_writes_a_whole_verified_folder(work, capsys):
     assert quantize("--mean", "0.5", "--std", "0.25", "--val", "val.npz") == 0
     assert {p.name for p in Path("out").iterdir()} == {
         "manifest.json",
+        "plan.json",
         "tensors.safetensors",
         "model.onnx",
         "report.md",
@@ -132,7 +133,7 @@ _BASE = ("quantize", "model.pt", "--arch", ARCH, "-o", "out", "--input-shape", "
         ((*_BASE, "--data", "genie:steps=many"), "not a valid int"),
         ((*_BASE, "--data", "images"), "images:PATH"),
         ((*_BASE, "--data", "images:nowhere"), "neither a folder nor a file"),
-        ((*_BASE, "--rounding", "best"), "known: genie_m, nearest"),
+        ((*_BASE, "--rounding", "best"), "known: adaround, brecq, genie_m, nearest, qdrop"),
         ((*_BASE, "--target", "npu"), "known: onnx_qdq"),
         ((*_BASE, "--mean", "0.5"), "mean and std belong together"),
         ((*_BASE, "--mean", "0,0", "--std", "1,1"), "one number per channel"),

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {
     "calibrators": ROOT / "calibrators",
     "reconstructors": ROOT / "ptq" / "reconstruct",
+    "finishers": ROOT / "ptq" / "finish",
     "exporters": ROOT / "exporters",
 }
 ALL = [(kind, name) for kind in FOLDERS for name in plugins.names(kind)]

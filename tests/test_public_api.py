@@ -11,9 +11,9 @@ from ptq import errors
 from ptq.artifact import QuantizedModel
 
 PUBLIC = [
-    "ArtifactError", "BitConfig", "CalibrationError", "ExportError", "ModelError", "PluginError", "PtqError",
-    "QuantizedModel", "ReconstructionError", "Similarity", "SpecError", "Synthesis", "data_similarity", "export", "load",
-    "quantize", "synthesize",
+    "ArtifactError", "BitConfig", "BitSensitivity", "CalibrationError", "ExportError", "ModelError", "PluginError", "PtqError",
+    "QuantizedModel", "ReconstructionError", "Similarity", "SpecError", "Synthesis", "bit_sensitivity", "data_similarity",
+    "export", "load", "quantize", "synthesize",
 ]  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from ptq.errors import SpecError
-from ptq.spec import EDGES, BitConfig, PlanRules, QuantSpec
+from ptq.spec import EDGES, BitConfig, Budget, Override, PlanRules, QuantSpec, Repair
 
 WIDTHS = range(2, 9)
 
@@ -71,3 +71,38 @@ def test_plan_rules_refuse(bad: dict):
 def test_unknown_edges_name_the_known_ones():
     with pytest.raises(SpecError, match=", ".join(EDGES)):
         PlanRules(edges="both")
+
+
+@pytest.mark.parametrize("text", ["layer3.*=w8a8", "fc=w8", "conv1=a4", "blocks.[01].*=float"])
+def test_override_reads_what_it_writes(text: str):
+    assert str(Override.parse(text)) == text
+
+
+@pytest.mark.parametrize("text", ["fc", "fc=", "=w8", "fc=8", "fc=w9", "fc=w8a1", "fc=x"])
+def test_overrides_that_are_none(text: str):
+    with pytest.raises(SpecError):
+        Override.parse(text)
+
+
+def test_budgets():
+    assert Budget.parse("auto:size=1.2MB") == Budget("size", 1.2e6, 8)
+    assert Budget.parse("auto:size=300KB,a4") == Budget("size", 3e5, 4)
+    assert Budget.parse("auto:bops=2.5G") == Budget("bops", 2.5e9)
+    for budget in (Budget("size", 123456.0, 4), Budget("bops", 2.5e9)):
+        assert Budget.parse(str(budget)) == budget
+    for wrong in ("auto", "auto:size=", "auto:size=1.2.3MB", "auto:bops=1GB", "auto:size=1MB,a9", "auto:speed=3"):
+        with pytest.raises(SpecError):
+            Budget.parse(wrong)
+
+
+@pytest.mark.parametrize(
+    "text", ["none", "equalize", "bias", "analytic_bias", "statistics", "equalize+bias", "equalize+statistics"]
+)
+def test_repairs_read_what_they_write(text: str):
+    assert str(Repair.parse(text)) == text
+
+
+def test_repairs_that_are_none():
+    for wrong in ("equalise", "bias+analytic_bias", ""):
+        with pytest.raises(SpecError):
+            Repair.parse(wrong)

@@ -47,6 +47,16 @@ def _frozen(x: Tensor) -> nn.Parameter:
     return nn.Parameter(x.float(), requires_grad=False)
 
 
+def give_biases(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of `gm` in which every convolution and linear layer has a bias, of zeros where it had none."""
+    with rewrite(gm) as out:
+        for node in weighted_nodes(out):
+            layer = out.get_submodule(str(node.target))
+            if layer.bias is None:
+                layer.bias = _frozen(layer.weight.new_zeros(layer.weight.shape[0]))  # type: ignore[operator, union-attr]
+    return out
+
+
 def unfolded(gm: fx.GraphModule) -> list[str]:
     """Module paths of the BatchNorms that are left in a folded network."""
     return [

@@ -27,6 +27,11 @@ from ptq.quant.fake_quant import ActFakeQuant, integer_codes
 _EXACT_IN_FLOAT32 = 2**24
 
 
+def stored_shift(q: QParams) -> int:
+    """What a file adds to the codes of an activation's grid, so that they are bytes; only sums feel it, by their rounding."""
+    return 128 if q.spec.signed else 0
+
+
 class _Quantizer(nn.Module):
     """The end of an integer kernel: a rescaled accumulator → a real number on the output's grid."""
 
@@ -100,14 +105,16 @@ class IntegerAdd(_Quantizer):
         self.a, self.b = a, b
         self.ratio_a, self.ratio_b = (p.scale.detach() / q.scale.detach() for p in (a, b))
         # Rounded as the kernel does it, a product first, then a fused multiply-add: near a tie, the last bit decides.
-        shift = self.ratio_a.double() * a.zero_point + (self.ratio_b * b.zero_point).double()
-        self.offset = q.zero_point - shift.float()
+        zero_a, zero_b, zero = (p.zero_point + stored_shift(p) for p in (a, b, q))
+        shift = self.ratio_a.double() * zero_a + (self.ratio_b * zero_b).double()
+        self.offset = zero - shift.float()
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         # A product of a byte and a float32 is exact in float64; one rounding to float32 makes it a fused multiply-add.
-        inner = (quantize(y, self.b).double() * self.ratio_b.double() + self.offset.double()).float()
-        outer = (quantize(x, self.a).double() * self.ratio_a.double() + inner.double()).float()
-        return self.finish(torch.round(outer))
+        codes_x, codes_y = (quantize(v, p) + stored_shift(p) for v, p in ((x, self.a), (y, self.b)))
+        inner = (codes_y.double() * self.ratio_b.double() + self.offset.double()).float()
+        outer = (codes_x.double() * self.ratio_a.double() + inner.double()).float()
+        return self.finish(torch.round(outer) - stored_shift(self.q))
 
 
 class IntegerMean(_Quantizer):
@@ -148,7 +155,7 @@ def to_integer(student: fx.GraphModule) -> fx.GraphModule:
         op, source = find_op(out, result), None
         if op is not None and op.role == "weighted":
             source = quantizer_of(student, result.all_input_nodes[0].meta["value"])
-        if source is not None:
+        if source is not None and integer_codes(out.get_submodule(str(result.target)), "weight") is not None:
             _replace_result(out, result, source.qparams)
     return out.eval().requires_grad_(False)
 
@@ -166,7 +173,7 @@ def _replace_quantizer(gm: fx.GraphModule, node: fx.Node, student: fx.GraphModul
     if op is None or not grids or any(g is None for g in grids):
         return
     sources = [QParams(g.scale.detach(), g.qparams.zero_point, g.spec) for g in grids if g is not None]
-    if op.role == "weighted":
+    if op.role == "weighted" and integer_codes(gm.get_submodule(str(producer.target)), "weight") is not None:
         layer = IntegerLayer(gm.get_submodule(str(producer.target)), sources[0])
         total = _insert(gm, node, layer, (producer.all_input_nodes[0],), "layer")
         _become(gm, node, Requantize(layer.scale / q.scale.detach(), q, bounds), (total,))  # type: ignore[operator]

@@ -88,6 +88,8 @@ def weight_params(
     params = {}
     for node in weighted_nodes(gm):
         path = str(node.target)
+        if path not in plan.weights:
+            continue
         layer = gm.get_submodule(path)
         q = estimator(layer.weight.detach(), plan.weights[path], None)  # type: ignore[operator, union-attr]
         source = node.all_input_nodes[0].meta["value"]

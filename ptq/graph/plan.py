@@ -5,15 +5,16 @@ tensors that only feed additions and pools get `PlanRules.adds` bits, which hard
 The result of the network stays float: the integer accumulator times its scale.
 """
 
+import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import fx
 
-from ptq.errors import ModelError
+from ptq.errors import ModelError, SpecError
 from ptq.graph.ops import find_op, input_node, output_node, weighted_nodes
-from ptq.spec import BitConfig, PlanRules, QuantSpec
+from ptq.spec import BitConfig, Override, PlanRules, QuantSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,15 @@ class QuantPlan:
             "ties": [sorted(t) for t in self.ties],
         }
 
+    def check(self, gm: fx.GraphModule) -> None:
+        """Raises SpecError, naming what it misses, unless it is a plan of this folded network."""
+        paths = {str(n.target) for n in weighted_nodes(gm)}
+        names = {n.meta["value"] for n in gm.graph.nodes if n.meta.get("value") is not None}
+        for what, planned, there in (("layer", self.weights, paths), ("value", self.values, names)):
+            missing = [name for name in planned if name not in there]
+            if missing:
+                raise SpecError(f"the plan is for another network: {what} {missing[0]!r} is not in this one")
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "QuantPlan":
         """The inverse of `to_json`."""
@@ -52,33 +62,79 @@ def make_plan(gm: fx.GraphModule, bits: BitConfig, rules: PlanRules) -> QuantPla
     """The plan of a folded network.
 
     Raises:
-        ModelError: the network has no convolution or linear layer.
+        ModelError: the network has no convolution or linear layer, or none that is not skipped.
+        SpecError: an override matches no layer.
     """
     layers = weighted_nodes(gm)
     if not layers:
         raise ModelError("the network has no convolution and no linear layer: nothing to quantize")
-    weights = {str(n.target): _weight_spec(n, layers, bits, rules) for n in layers}
+    chosen = {n: _override(n, rules) for n in layers}
+    _check_overrides(rules, [str(n.target) for n in layers])
+    kept = [n for n in layers if not chosen[n].skip]
+    if not kept:
+        raise ModelError("every convolution and linear layer is skipped: nothing to quantize")
+    weights = {str(n.target): _weight_spec(n, layers, chosen[n], bits, rules) for n in kept}
     if bits.act is None:
         return QuantPlan(weights, {})
-    quantized = quantized_nodes(gm)
+    quantized = _without_skipped(gm, quantized_nodes(gm), set(kept), set(layers) - set(kept))
     groups = _tie(gm, quantized)
     positive = _nonnegative(gm)
     values: dict[str, QuantSpec] = {}
     for members in groups:
-        width = _width(gm, members, layers, bits, rules)
-        unsigned = all(positive[n] for n in members)
-        # Both kinds of grid are unsigned codes; a tensor with negative values has a zero point instead.
-        spec = QuantSpec(width, signed=False, symmetric=unsigned)
+        width = _width(gm, members, layers, chosen, bits, rules)
+        if rules.activations == "signed":
+            spec = QuantSpec(width, signed=True, symmetric=True)
+        else:  # both kinds of grid have unsigned codes; a tensor with negative values has a zero point instead
+            spec = QuantSpec(width, signed=False, symmetric=all(positive[n] for n in members))
         values |= {n.meta["value"]: spec for n in members}
     order = {n.meta["value"]: values[n.meta["value"]] for n in quantized}
     ties = tuple(frozenset(n.meta["value"] for n in members) for members in groups if len(members) > 1)
     return QuantPlan(weights, order, ties)
 
 
-def _weight_spec(node: fx.Node, layers: list[fx.Node], bits: BitConfig, rules: PlanRules) -> QuantSpec:
+def _override(node: fx.Node, rules: PlanRules) -> Override:
+    """What the overrides say of a layer, later ones over earlier ones."""
+    found = Override(str(node.target))
+    for o in rules.overrides:
+        if o.matches(str(node.target)):
+            found = Override(found.pattern, o.weight or found.weight, o.act or found.act, o.skip)
+    return found
+
+
+def _check_overrides(rules: PlanRules, paths: list[str]) -> None:
+    for o in rules.overrides:
+        if not any(o.matches(path) for path in paths):
+            close = difflib.get_close_matches(o.pattern, paths, n=1, cutoff=0.7)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise SpecError(f"no layer matches {o.pattern!r}; {hint}the layers are {', '.join(paths)}")
+
+
+def _weight_spec(
+    node: fx.Node, layers: list[fx.Node], override: Override, bits: BitConfig, rules: PlanRules
+) -> QuantSpec:
     edge = rules.edges != "all" and node in (layers[0], layers[-1])
-    width = bits.edge if edge else bits.weight
-    return QuantSpec(width, signed=True, symmetric=width >= rules.asymmetric_below, axis=0)
+    width = override.weight or (bits.edge if edge else bits.weight)
+    symmetric = width >= rules.asymmetric_below if rules.weights == "auto" else rules.weights == "symmetric"
+    return QuantSpec(width, signed=True, symmetric=symmetric, axis=0)
+
+
+def _without_skipped(
+    gm: fx.GraphModule, nodes: list[fx.Node], kept: set[fx.Node], skipped: set[fx.Node]
+) -> list[fx.Node]:
+    """The nodes but for those that skipped layers alone read: such a layer wants no codes.
+
+    What an integer layer yields has codes nevertheless: its kernel ends in them.
+    """
+    if not skipped:
+        return nodes
+    wanted = {merged_clamp(gm, layer) or layer for layer in kept}
+    for node in reversed(gm.graph.nodes):
+        for reader in node.users:
+            op = find_op(gm, reader)
+            passes = op is not None and (op.role in ("same", "concat") or merged_clamp(gm, node) is reader)
+            if op is not None and reader not in skipped and (not passes or reader in wanted):
+                wanted.add(node)
+    return [n for n in nodes if n in wanted]
 
 
 def merged_clamp(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
@@ -116,7 +172,7 @@ def _tie(gm: fx.GraphModule, nodes: list[fx.Node]) -> list[list[fx.Node]]:
         if op is None or op.role not in ("same", "concat"):
             continue
         for source in node.all_input_nodes:
-            if group[source] is not group[node]:
+            if source in group and group[source] is not group[node]:
                 merged = group[source] + group[node]
                 for member in merged:
                     group[member] = merged
@@ -135,10 +191,14 @@ def _nonnegative(gm: fx.GraphModule) -> dict[fx.Node, bool]:
 
 
 def _width(
-    gm: fx.GraphModule, members: Iterable[fx.Node], layers: list[fx.Node], bits: BitConfig, rules: PlanRules
-) -> int:
+    gm: fx.GraphModule, members: Iterable[fx.Node], layers: list[fx.Node], chosen: Mapping[fx.Node, Override],
+    bits: BitConfig, rules: PlanRules,
+) -> int:  # fmt: skip
     members = set(members)
-    enters = {layer for layer in layers if layer.all_input_nodes[0] in members}
+    enters = [layer for layer in layers if layer.all_input_nodes[0] in members and not chosen[layer].skip]
+    asked = [override.act for layer in enters if (override := chosen[layer]).act is not None]
+    if asked:  # of layers that share a tensor, the one that needs most
+        return max(bits for bits in asked if bits is not None)
     first_out = merged_clamp(gm, layers[0]) or layers[0]
     edges = rules.edges
     if (

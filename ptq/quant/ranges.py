@@ -4,7 +4,9 @@ An estimator is a plain function `f(x, spec, ends) -> QParams`; `ESTIMATORS` nam
 least and greatest value of each image, where `x` are activations; None for weights.
 """
 
+import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -101,12 +103,72 @@ def lp(x: Tensor, spec: QuantSpec, ends: Tensor | None = None, *, p: float = 2.4
     return _finish(best_scale, best_zero, torch.maximum(high, -low), spec)
 
 
+def percentile(x: Tensor, spec: QuantSpec, ends: Tensor | None = None, *, share: float = 99.99) -> QParams:
+    """The range that holds `share` per cent of the values at either end; for weights, the whole range.
+
+    Ref: Wu et al., Integer Quantization for Deep Learning Inference, 2020, arXiv 2004.09602, §5.2.
+    """
+    if ends is None:
+        return minmax(x, spec)
+    ordered = x.reshape(-1).sort().values
+    beyond = int((1 - share / 100) * len(ordered))
+    return minmax(ordered[[beyond, len(ordered) - 1 - beyond]], spec)
+
+
+def kl(x: Tensor, spec: QuantSpec, ends: Tensor | None = None, *, bins: int = 2048, candidates: int = 100) -> QParams:
+    """The clip ratio that loses least information; for weights, the whole range.
+
+        ratio* = argmin over 1.00, 0.99, … 0.01 of KL( P ‖ Q )
+
+    P: the histogram of `x` within ratio · range, what lies beyond counted in its ends. Q: the histogram of what is within,
+    each of the grid's steps as one mean over its bins that are not empty.
+
+    Ref: Migacz, 8-bit Inference with TensorRT, GTC 2017. Differs: both ends of a two-sided range are cut in proportion; zeros,
+    of which a ReLU leaves many, are not counted, since every grid holds them exactly.
+    """
+    if ends is None:
+        return minmax(x, spec)
+    low, high = (float(v) for v in _bounds(x.reshape(1, -1)))
+    if high <= low:
+        return minmax(x, spec)
+    counts = torch.histc(x[x != 0].float(), bins, low, high).double().cpu()
+    zero = min(bins - 1, int(bins * (0 - low) / (high - low)))  # the bin that holds 0 stays inside every range
+    levels, best, least = spec.qmax - spec.qmin + 1, 1.0, math.inf
+    for k in range(candidates):
+        ratio = 1.0 - k / candidates
+        first, last = round(zero * (1 - ratio)), zero + max(1, round((bins - zero) * ratio))
+        if last - first < levels:
+            break
+        divergence = _divergence(counts, first, last, levels)
+        if divergence < least:
+            best, least = ratio, divergence
+    return minmax(torch.tensor([low * best, high * best], device=x.device), spec)
+
+
+def _divergence(counts: Tensor, first: int, last: int, levels: int) -> float:
+    """KL( P ‖ Q ) of the bins first…last - 1 merged into `levels` steps; see `kl`."""
+    inside = counts[first:last]
+    p = inside.clone()
+    p[0] += counts[:first].sum()
+    p[-1] += counts[last:].sum()
+    step = (torch.arange(len(inside)) * levels) // len(inside)
+    total = torch.zeros(levels, dtype=torch.float64).index_add_(0, step, inside)
+    filled = torch.zeros(levels, dtype=torch.float64).index_add_(0, step, (inside > 0).double())
+    q = torch.where(inside > 0, (total / filled.clamp_min(1))[step], torch.zeros_like(inside))
+    # A bin that only clipping fills has no share in Q; a small one keeps the divergence finite.
+    p, q = p / p.sum(), (q / q.sum().clamp_min(1e-300)).clamp_min(1e-9)
+    held = p > 0
+    return float((p[held] * (p[held] / q[held]).log()).sum())
+
+
 def lp_norm(p: float) -> Estimator:
     """`lp` with norm `p` for activations; for weights, the ordinary one."""
     return lambda x, spec, ends=None: lp(x, spec, ends, p=2.4 if ends is None else p)
 
 
-ESTIMATORS: dict[str, Estimator] = {"lp": lp, "minmax": minmax, "smoothed": smoothed}
+ESTIMATORS: dict[str, Estimator] = {
+    "kl": kl, "lp": lp, "minmax": minmax, "mse": partial(lp, p=2.0), "percentile": percentile, "smoothed": smoothed,
+}  # fmt: skip
 # Norms that `lp_best` tries: a high one spares the few largest values, a low one the many small. Which is better depends on
 # the network as a whole: in deep ones small errors add up from block to block.
 NORMS = (2.0, 2.4)
@@ -119,9 +181,28 @@ RANGES = (*sorted(ESTIMATORS), "lp_best")
 def estimators(name: str) -> list[Estimator]:
     """The estimators that `name` stands for; of several, the one that suits the network best is to be taken.
 
+    name: one of `RANGES`; "percentile:99.9" and "lp:2" give the percentile and the norm.
+
     Raises:
-        SpecError: no estimator has that name.
+        SpecError: no estimator has that name, or its number is out of range.
     """
+    name, _, number = name.partition(":")
     if name not in RANGES:
         raise SpecError(f"unknown range estimator {name!r}; known: {', '.join(RANGES)}")
+    if number:
+        return [_numbered(name, number)]
     return [lp_norm(p) for p in NORMS] if name == "lp_best" else [ESTIMATORS[name]]
+
+
+def _numbered(name: str, number: str) -> Estimator:
+    try:
+        value = float(number)
+    except ValueError as e:
+        raise SpecError(f"range estimator {name}:{number} given; after the colon stands a number") from e
+    if name == "percentile" and 50 < value <= 100:
+        return partial(percentile, share=value)
+    if name == "lp" and 0 < value <= 16:
+        return partial(lp, p=value)
+    raise SpecError(
+        f"range estimator {name}:{number} given; write percentile:99.9 (50 to 100), lp:2 (0 to 16) or {name}"
+    )

@@ -1,20 +1,83 @@
-"""What blocks see: the values of teacher and student at block borders, for all calibration images, in host memory."""
+"""What blocks see: the values of teacher and student at block borders, for all calibration images, in memory or on disk."""
 
-from collections.abc import Iterable
+import math
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor, fx
 
+from ptq.errors import ReconstructionError
 from ptq.graph.blocks import Block
 
 _BATCH = 64
+_SHARE = 0.25  # of the memory that is free, where no limit is given
+
+
+class Space:
+    """Room for values `[N, …]`: host memory up to `limit` bytes (default: a quarter of what is free), then files.
+
+    The files lie in a temporary folder and vanish with `close`; the system keeps of them in memory what fits.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = int(_SHARE * psutil.virtual_memory().available) if limit is None else limit
+        self._held: dict[int, int] = {}  # address → bytes, of tensors in memory
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._files: dict[int, Path] = {}
+        self._made = 0
+
+    @property
+    def used(self) -> int:
+        """Bytes held in memory."""
+        return sum(self._held.values())
+
+    def empty(self, shape: Iterable[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """An uninitialized tensor.
+
+        Raises:
+            ReconstructionError: there is no room on disk either.
+        """
+        shape = tuple(shape)
+        size = torch.Size(shape).numel() * dtype.itemsize
+        if self.used + size <= self.limit:
+            tensor = torch.empty(shape, dtype=dtype)
+            self._held[tensor.data_ptr()] = size
+            return tensor
+        try:
+            if self._folder is None:
+                self._folder = tempfile.TemporaryDirectory(prefix="ptq-")
+            path = Path(self._folder.name) / str(self._made)
+            self._made += 1
+            with path.open("wb") as file:
+                file.truncate(size)
+            tensor = torch.from_file(str(path), shared=True, size=torch.Size(shape).numel(), dtype=dtype).view(shape)
+        except (OSError, RuntimeError) as e:
+            raise ReconstructionError(
+                f"{size / 1e9:.1f} GB for what a block sees fit neither memory nor disk: {e}"
+            ) from e
+        self._files[tensor.data_ptr()] = path
+        return tensor
+
+    def free(self, tensor: Tensor) -> None:
+        """Gives a tensor's room back; one that is not from here is left alone."""
+        self._held.pop(tensor.data_ptr(), None)
+        if (path := self._files.pop(tensor.data_ptr(), None)) is not None:
+            path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Removes the files."""
+        if self._folder is not None:
+            self._folder.cleanup()
 
 
 class Capture:
     """Named values `[N, …]` of one network, kept only as long as a later block reads them."""
 
-    def __init__(self, values: dict[str, Tensor]) -> None:
-        self.values = dict(values)
+    def __init__(self, values: dict[str, Tensor], space: Space) -> None:
+        self.values, self.space = dict(values), space
 
     def inputs(self, block: Block) -> list[Tensor]:
         """The block's inputs, for all images."""
@@ -26,27 +89,58 @@ class Capture:
 
     def forget(self, still_read: set[str]) -> None:
         """Drops every value that no later block reads."""
-        self.values = {name: v for name, v in self.values.items() if name in still_read}
+        for name in [name for name in self.values if name not in still_read]:
+            self.space.free(self.values.pop(name))
 
 
 @torch.no_grad()
-def run_all(module: fx.GraphModule, inputs: list[Tensor], device: torch.device) -> list[Tensor]:
-    """A block's outputs for all images, batch by batch, in host memory."""
-    batches = zip(*(x.split(_BATCH) for x in inputs))
-    parts = [[out.cpu() for out in module(*(x.to(device) for x in batch))] for batch in batches]
-    return [torch.cat(out) for out in zip(*parts)]
+def outputs_of(module: fx.GraphModule, inputs: list[Tensor], device: torch.device) -> Iterator[list[Tensor]]:
+    """A block's outputs for all images, batch by batch, on `device`."""
+    for batch in zip(*(x.split(_BATCH) for x in inputs)):
+        yield list(module(*(x.to(device) for x in batch)))
 
 
-def block_error(outputs: list[Tensor], targets: list[Tensor]) -> Tensor:
+def run_all(module: fx.GraphModule, inputs: list[Tensor], device: torch.device, space: Space) -> list[Tensor]:
+    """A block's outputs for all images, in `space`."""
+    found: list[Tensor] = []
+    at = 0
+    for outputs in outputs_of(module, inputs, device):
+        found = found or [space.empty((len(inputs[0]), *out.shape[1:]), out.dtype) for out in outputs]
+        for whole, part in zip(found, outputs):
+            whole[at : at + len(part)].copy_(part)
+        at += len(outputs[0])
+    return found
+
+
+def stored(values: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Values of all images, batch by batch, as `outputs_of` yields them."""
+    return (list(batch) for batch in zip(*(v.split(_BATCH) for v in values)))
+
+
+def compare_all(outputs: Iterable[list[Tensor]], targets: list[Tensor]) -> tuple[float, float]:
+    """`block_error` over all images of outputs that come in batches, and SQNR in dB of the first output.
+
+    SQNR: power of the teacher's value over power of the difference, 200 at most.
+    """
+    error = noise = signal = 0.0
+    for batch, wanted in zip(outputs, stored(targets)):
+        wanted = [y.to(out.device) for y, out in zip(wanted, batch)]
+        error += float(block_error(batch, wanted)) * len(wanted[0]) / len(targets[0])
+        noise += float((batch[0] - wanted[0]).double().square().sum())
+        signal += float(wanted[0].double().square().sum())
+    if noise == 0 or signal == 0:
+        return error, 200.0 if noise == 0 else -200.0
+    return error, min(200.0, 10 * math.log10(signal / noise))
+
+
+def block_error(outputs: list[Tensor], targets: list[Tensor], fisher: list[Tensor] | None = None) -> Tensor:
     """Squared error of a block's outputs, summed over channels, averaged over images and pixels.
 
-    Ref: Jeon et al., GENIE, CVPR 2023, eq. 14.
+    fisher: weights of the elements, where there are any: squared gradients of the network's loss, of mean 1.
+
+    Ref: Jeon et al., GENIE, CVPR 2023, eq. 14; Li et al., BRECQ, ICLR 2021, eq. 10.
     """
-    return torch.stack([(out - y).square().sum(1).mean() for out, y in zip(outputs, targets)]).sum()
-
-
-def decibels(targets: list[Tensor], outputs: list[Tensor]) -> float:
-    """SQNR of a block's first output in dB: power of the teacher's value over power of the difference; 200 at most."""
-    y, out = targets[0].double(), outputs[0].double()
-    noise = float((out - y).square().sum())
-    return 200.0 if noise == 0 else min(200.0, 10 * float(torch.log10(y.square().sum() / noise)))
+    errors = [(out - y).square() for out, y in zip(outputs, targets)]
+    if fisher is not None:
+        errors = [e * f for e, f in zip(errors, fisher)]
+    return torch.stack([e.sum(1).mean() for e in errors]).sum()

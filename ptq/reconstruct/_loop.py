@@ -8,6 +8,7 @@ import copy
 import logging
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,10 +27,13 @@ from ptq.quant.fake_quant import (
     swap,
     weight_grid,
 )
-from ptq.reconstruct._capture import Capture, block_error, decibels, run_all
+from ptq.reconstruct._capture import Capture, Space, compare_all, outputs_of, run_all, stored
+from ptq.reconstruct._fisher import fisher_weights
 from ptq.reconstruct._soft_round import SoftRound
 
 log = logging.getLogger(__name__)
+
+_LOOK = 50  # steps between looks at the loss, each of which waits for the device
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +52,7 @@ class BlockReport:
 
 def reconstruct_blocks(
     teacher: fx.GraphModule, student: fx.GraphModule, images: Tensor, method: Reconstructor,
-    *, seed: int, device: torch.device, feedback: Feedback,
+    *, seed: int, device: torch.device, feedback: Feedback, memory: int | None = None,
 ) -> tuple[fx.GraphModule, list[BlockReport]]:  # fmt: skip
     """A copy of `student` with every weight hardened to integer codes, and a report per block.
 
@@ -56,48 +60,61 @@ def reconstruct_blocks(
         teacher: the float network. student: its fake-quantized copy (`insert_fake_quant`).
         images: calibration images `[N, C, H, W]`, in host memory.
         method: the rounding method. seed: of every random choice. device: where blocks are trained.
+        memory: bytes of host memory for what blocks see, the rest goes to disk; default: a quarter of what is free.
+
+    Raises:
+        ReconstructionError: neither memory nor disk hold what a block sees, or the method does not suit the network.
     """
-    student = copy.deepcopy(student)
+    student, space = copy.deepcopy(student), Space(memory)
+    try:
+        return student, list(_blocks(teacher, student, images, method, seed, device, feedback, space))
+    finally:
+        space.close()
+
+
+def _blocks(
+    teacher: fx.GraphModule, student: fx.GraphModule, images: Tensor, method: Reconstructor, seed: int,
+    device: torch.device, feedback: Feedback, space: Space,
+) -> Iterator[BlockReport]:  # fmt: skip
     blocks = split(student, method.unit)
     stem = input_value_node(student)
     if stem.op != "placeholder":  # its values are captured now: no block that shares its scale may train it
         student.get_submodule(str(stem.target)).frozen = True  # type: ignore[assignment]
-    teacher_values = Capture({input_node(teacher).meta["value"]: images})
-    student_values = Capture({stem.meta["value"]: _quantized_input(student, stem, images, device)})
-    reports = []
+    teacher_values = Capture({input_node(teacher).meta["value"]: images}, space)
+    student_values = Capture({stem.meta["value"]: _quantized_input(student, stem, images, device, space)}, space)
     for k, block in enumerate(blocks):
         start = time.perf_counter()
-        job = _Job(teacher, student, block, teacher_values, student_values, device)
+        job = _Job(teacher, student, block, teacher_values, student_values, device, space)
+        if method.needs_fisher and method.steps:
+            rng = make_rng(seed, f"fisher/{block.name}")
+            job.fisher = fisher_weights(teacher, block, images, rng, device, space)
         kept = _fit(job, method, seed, feedback, (k, len(blocks)))
+        for weights in job.fisher or []:
+            space.free(weights)
         _harden(student, block)
-        outputs = run_all(extract(student, block.inputs, block.outputs), job.student_in, device)
+        outputs = run_all(extract(student, block.inputs, block.outputs), job.student_in, device, space)
+        error, sqnr = compare_all(stored(outputs), job.targets)
         seconds = round(time.perf_counter() - start, 3)
-        sqnr = decibels(job.targets, outputs)
-        reports.append(
-            BlockReport(
-                block.name,
-                block.layers,
-                job.nearest_error,
-                float(block_error(outputs, job.targets)),
-                kept,
-                sqnr,
-                seconds,
-            )
-        )
+        yield BlockReport(block.name, block.layers, job.nearest_error, error, kept, sqnr, seconds)
         still_read = {name for later in blocks[k + 1 :] for name in later.inputs}
         teacher_values.store(block, job.targets)
         student_values.store(block, outputs)
         teacher_values.forget(still_read)
         student_values.forget(still_read)
-    return student, reports
 
 
-def _quantized_input(student: fx.GraphModule, stem: fx.Node, images: Tensor, device: torch.device) -> Tensor:
+def _quantized_input(
+    student: fx.GraphModule, stem: fx.Node, images: Tensor, device: torch.device, space: Space
+) -> Tensor:
     if stem.op == "placeholder":
         return images
     quantizer = student.get_submodule(str(stem.target))
+    found, at = space.empty(images.shape), 0
     with torch.no_grad():
-        return torch.cat([quantizer(x.to(device)).cpu() for x in images.split(256)])
+        for x in images.split(256):
+            found[at : at + len(x)].copy_(quantizer(x.to(device)))
+            at += len(x)
+    return found
 
 
 class _Job:
@@ -105,20 +122,22 @@ class _Job:
 
     def __init__(
         self, teacher: fx.GraphModule, student: fx.GraphModule, block: Block,
-        teacher_values: Capture, student_values: Capture, device: torch.device,
+        teacher_values: Capture, student_values: Capture, device: torch.device, space: Space,
     ) -> None:  # fmt: skip
         self.block, self.device, self.student = block, device, student
         self.teacher_in, self.student_in = teacher_values.inputs(block), student_values.inputs(block)
-        self.targets = run_all(extract(teacher, block.inputs, block.outputs), self.teacher_in, device)
+        self.targets = run_all(extract(teacher, block.inputs, block.outputs), self.teacher_in, device, space)
+        self.fisher: list[Tensor] | None = None
         self.module = extract(student, block.inputs, block.outputs)
-        self.layers = [student.get_submodule(path) for path in block.layers]
+        layers = [student.get_submodule(path) for path in block.layers]
+        self.layers = [layer for layer in layers if weight_grid(layer) is not None]  # the others stay float
         self.nearest_error = self.error()
 
     def error(self) -> float:
         """The block's error with biases on the accumulator's grid, as they will be; afterwards they are float again."""
         biases = [None if layer.bias is None else layer.bias.detach().clone() for layer in self.layers]  # pyright: ignore[reportCallIssue]
         _round_biases(self.student, self.block)
-        error = float(block_error(run_all(self.module, self.student_in, self.device), self.targets))
+        error, _ = compare_all(outputs_of(self.module, self.student_in, self.device), self.targets)
         for layer, bias in zip(self.layers, biases):
             if bias is not None:
                 swap(layer, "bias", FloatBias(), bias)
@@ -133,7 +152,7 @@ def _fit(job: _Job, method: Reconstructor, seed: int, feedback: Feedback, place:
     scales = [m.scale.detach().clone() for m in quantizers]
     nearest = [integer_codes(layer, "weight") for layer in job.layers]
     with torch.enable_grad():  # the caller may have switched it off
-        _train(job, method, seed, feedback, place)
+        sound = _train(job, method, seed, feedback, place)
     for quantizer in quantizers:
         quantizer.drop, quantizer.mask_rng = 0.0, None
         quantizer.scale.requires_grad_(False)
@@ -141,10 +160,13 @@ def _fit(job: _Job, method: Reconstructor, seed: int, feedback: Feedback, place:
         grid = weight_grid(layer)
         if isinstance(grid, SoftRound):
             store_integer(layer, "weight", *grid.harden())
-    error = job.error() if _sound(job, quantizers) else math.inf
+    error = job.error() if sound and _sound(job, quantizers) else math.inf
     if error < job.nearest_error:
         return "fitted"
-    log.info("block %s: fitted error %.4g, nearest %.4g; nearest is kept", job.block.name, error, job.nearest_error)
+    if math.isfinite(error):
+        log.info("block %s: fitted error %.4g, nearest %.4g; nearest is kept", job.block.name, error, job.nearest_error)
+    else:
+        feedback.note(f"block {job.block.name}: training diverged; it keeps nearest rounding")
     for layer, held in zip(job.layers, nearest):
         if held is not None:
             store_integer(layer, "weight", *held)
@@ -160,11 +182,15 @@ def _sound(job: _Job, quantizers: list[ActFakeQuant]) -> bool:
     return all(bool((torch.isfinite(s) & (s > 0)).all()) for s in scales)
 
 
-def _train(job: _Job, method: Reconstructor, seed: int, feedback: Feedback, place: tuple[int, int]) -> None:
+def _train(job: _Job, method: Reconstructor, seed: int, feedback: Feedback, place: tuple[int, int]) -> bool:
+    """Trains what the method made learnable; False where the loss was no longer finite and it stopped."""
     # Masks are drawn where they are used; which images are picked is the same on every device.
     mask_rng = make_rng(seed, f"drop/{job.block.name}", job.device)
     pick_rng = make_rng(seed, f"batches/{job.block.name}")
     groups = method.attach(job.module, mask_rng)
+    if not groups:  # every layer of the block stays float
+        feedback.progress("reconstruction", (place[0] + 1) * method.steps, place[1] * method.steps)
+        return True
     optimizer = torch.optim.Adam(groups, fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
     count, (k, total) = len(job.targets[0]), place
@@ -173,8 +199,12 @@ def _train(job: _Job, method: Reconstructor, seed: int, feedback: Feedback, plac
         for group, rate in zip(optimizer.param_groups, rates):
             group["lr"] = rate * (0.5 * (1 + math.cos(math.pi * progress)) if group["cosine"] else 1.0)
         pick = torch.randint(count, (min(method.batch_size, count),), generator=pick_rng)
-        _step(job, method, optimizer, pick, mask_rng, progress)
+        loss = _step(job, method, optimizer, pick, mask_rng, progress)
         feedback.progress("reconstruction", k * method.steps + step + 1, total * method.steps)
+        if step % _LOOK == 0 and not math.isfinite(float(loss)):
+            feedback.progress("reconstruction", (k + 1) * method.steps, total * method.steps)
+            return False
+    return True
 
 
 def _step(
@@ -184,16 +214,20 @@ def _step(
     pick: Tensor,
     rng: torch.Generator,
     progress: float,
-) -> None:
+) -> Tensor:
+    """One optimizer step; the loss before it."""
+
     def batch(values: list[Tensor]) -> list[Tensor]:
         return [v[pick].to(job.device) for v in values]
 
     seen = [method.mix(t, s, rng) for t, s in zip(batch(job.teacher_in), batch(job.student_in))]
     outputs = job.module(*seen)
-    loss = method.loss(job.module, list(outputs), batch(job.targets), None, progress)
+    fisher = None if job.fisher is None else batch(job.fisher)
+    loss = method.loss(job.module, list(outputs), batch(job.targets), fisher, progress)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
+    return loss.detach()
 
 
 def _round_biases(student: fx.GraphModule, block: Block) -> None:

@@ -7,22 +7,29 @@ B is frozen at the first scale s₀, so that s and V can be trained together.
 Ref: Nagel et al., AdaRound, ICML 2020, arXiv 2004.10568, eq. 21-23; Jeon et al., GENIE, CVPR 2023, eq. 11-13, algorithm 2.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ptq.quant.affine import QParams, along_axis
-from ptq.quant.fake_quant import WeightFakeQuant, swap, weight_grid
+from ptq.quant.fake_quant import ActFakeQuant, WeightFakeQuant, swap, weight_grid
 
 _ZETA, _GAMMA = 1.1, -0.1  # the rectified sigmoid's stretch
 
 
 class SoftRound(nn.Module):
-    """Parametrization of `weight`: codes between ⌊W/s⌋ and the next, by the trained `v`; `scale` is trained on request."""
+    """Parametrization of `weight`: codes between ⌊W/s⌋ and the next, by the trained `v`; `gain` is trained on request.
+
+    gain: what the scale is of its first value, per channel. Adam moves all elements by steps of one size: those of ordinary
+    channels' scales would drive that of a channel with tiny weights below zero.
+    """
 
     def __init__(self, weight: Tensor, q: QParams) -> None:
         super().__init__()
         self.spec = q.spec
-        self.scale = nn.Parameter(q.scale.clone(), requires_grad=False)
+        self.register_buffer("first_scale", q.scale.detach().clone())
+        self.gain = nn.Parameter(torch.ones_like(q.scale), requires_grad=False)
         self.register_buffer("zero_point", q.zero_point.clone())
         s = along_axis(q.scale, weight.ndim, q.spec.axis)
         z = along_axis(q.zero_point, weight.ndim, q.spec.axis).float()
@@ -33,6 +40,11 @@ class SoftRound(nn.Module):
         # h(V) starts at the fraction: the network starts unrounded.
         fraction = ((ratio - base - _GAMMA) / (_ZETA - _GAMMA)).clamp(1e-6, 1 - 1e-6)
         self.v = nn.Parameter(torch.log(fraction / (1 - fraction)))
+
+    @property
+    def scale(self) -> Tensor:
+        """The scale as it stands, one per channel."""
+        return self.first_scale * self.gain  # type: ignore[operator]
 
     def softness(self) -> Tensor:
         """h(V), in [0, 1]."""
@@ -64,6 +76,45 @@ def soften(layer: nn.Module) -> SoftRound:
     return soft
 
 
+def attach_soft(
+    block: nn.Module, rng: torch.Generator, *, lr_round: float, lr_scale: float, lr_act: float, drop: float, scale_step: float
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Makes a block's rounding learnable; Adam's parameter groups.
+
+    Soft bits of every layer at `lr_round`; where their rates are above 0, weight scales at `lr_scale` and the scales of
+    activation quantizers that are not settled yet at `lr_act`, along a cosine. Activation quantizers skip elements with
+    probability `drop`.
+
+    A scale's rate is at most `scale_step` of the scale itself a step. The papers' absolute rates suit scales near 0.1; on an
+    8-bit grid, with scales near 0.002, they would be a twentieth of the scale in each step.
+    """
+    groups: list[dict[str, Any]] = []
+
+    def train(parameter: nn.Parameter, rate: float) -> None:
+        parameter.requires_grad_(True)
+        groups.append({"params": [parameter], "lr": rate, "cosine": True})
+
+    for layer in list(block.modules()):
+        if isinstance(weight_grid(layer) if hasattr(layer, "weight") else None, WeightFakeQuant):
+            soft = soften(layer)
+            groups.append({"params": [soft.v], "lr": lr_round, "cosine": False})
+            if lr_scale > 0:
+                train(soft.gain, min(lr_scale / float(soft.scale.detach().median()), scale_step))
+        elif isinstance(layer, ActFakeQuant):
+            layer.drop, layer.mask_rng = drop, rng
+            if not layer.frozen and lr_act > 0:
+                train(layer.scale, min(lr_act, scale_step * float(layer.scale.detach())))
+    return groups
+
+
+def sped_up(lr: float, full_steps: int, steps: int) -> float:
+    """The soft bits' rate at fewer than `full_steps` steps: higher in proportion, at most twentyfold.
+
+    So they can travel as far as in the papers' 20,000: 1,000 steps at 0.001 would not decide a weight that starts halfway.
+    """
+    return lr * min(20.0, max(1.0, full_steps / max(steps, 1)))
+
+
 def annealed_beta(progress: float, warmup: float, start: float, end: float) -> float | None:
     """β of the penalty: none during the warm-up, then from `start` to `end` linearly. Ref: AdaRound, §5."""
     if progress < warmup:
@@ -72,5 +123,6 @@ def annealed_beta(progress: float, warmup: float, start: float, end: float) -> f
 
 
 def rounding_penalty(block: nn.Module, beta: float) -> Tensor:
-    """The penalty summed over every soft weight of a block."""
-    return torch.stack([m.penalty(beta) for m in block.modules() if isinstance(m, SoftRound)]).sum()
+    """The penalty summed over every soft weight of a block; 0 where all of its layers stay float."""
+    found = [m.penalty(beta) for m in block.modules() if isinstance(m, SoftRound)]
+    return torch.stack(found).sum() if found else torch.zeros(())

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ptq.contracts import Presets
-from ptq.quant.fake_quant import ActFakeQuant, WeightFakeQuant, mix, weight_grid
+from ptq.quant.fake_quant import mix
 from ptq.reconstruct._capture import block_error
-from ptq.reconstruct._soft_round import annealed_beta, rounding_penalty, soften
+from ptq.reconstruct._soft_round import annealed_beta, attach_soft, rounding_penalty, sped_up
 
 __all__ = ["GenieM"]
 
@@ -29,12 +29,11 @@ class GenieM:
 
     steps: optimizer steps a block. batch_size: images a step. lr_scale, lr_round, lr_act: Adam's rates for weight scales,
     soft bits and activation scales; the scales' rates fall to 0 along a cosine. penalty: λ. warmup: share of steps without
-    penalty. beta_start, beta_end: annealing of β. drop: probability that an element skips quantization.
+    penalty. beta_start, beta_end: annealing of β. drop: probability that an element skips quantization; 0 is
+    GENIE-M without QDrop. unit: "block", or "layer".
 
-    Differs: with fewer than `full_steps` steps, the soft bits' rate is higher in proportion, at most twentyfold, so that they
-    can travel as far as in the paper's 20,000: 1,000 steps at 0.001 would not decide a single weight that starts halfway.
-    A scale's rate is at most `scale_step` of the scale itself a step. The paper's absolute rates suit scales near
-    0.1; on an 8-bit grid, with scales near 0.002, they would be a twentieth of the scale in each step.
+    Differs: at fewer than `full_steps` steps the soft bits' rate is higher, see `_soft_round.sped_up`. A scale moves by at most
+    `scale_step` of itself a step, see `_soft_round.attach_soft`.
     """
 
     steps: int = 20000
@@ -49,30 +48,17 @@ class GenieM:
     drop: float = 0.5
     scale_step: float = 2e-3
     full_steps: int = 20000
+    unit: Literal["layer", "block"] = "block"
 
-    unit: ClassVar[Literal["layer", "block"]] = "block"
     needs_fisher: ClassVar[bool] = False
     presets: ClassVar[Presets] = {"quick": {"steps": 400}, "standard": {"steps": 1000}}
 
     def attach(self, block: nn.Module, rng: torch.Generator) -> list[dict[str, Any]]:
         """Soft bits and weight scales of every layer, scales of every activation quantizer that is not frozen yet."""
-        groups: list[dict[str, Any]] = []
-        lr_round = self.lr_round * min(20.0, max(1.0, self.full_steps / self.steps))
-        for layer in list(block.modules()):
-            if isinstance(weight_grid(layer) if hasattr(layer, "weight") else None, WeightFakeQuant):
-                soft = soften(layer)
-                groups.append({"params": [soft.v], "lr": lr_round, "cosine": False})
-                groups.append(self._scale_group(soft.scale, self.lr_scale))
-            elif isinstance(layer, ActFakeQuant):
-                layer.drop, layer.mask_rng = self.drop, rng
-                if not layer.frozen:
-                    groups.append(self._scale_group(layer.scale, self.lr_act))
-        return groups
-
-    def _scale_group(self, scale: nn.Parameter, lr: float) -> dict[str, Any]:
-        scale.requires_grad_(True)
-        ordinary = float(scale.detach().median())
-        return {"params": [scale], "lr": min(lr, self.scale_step * ordinary), "cosine": True}
+        return attach_soft(
+            block, rng, lr_round=sped_up(self.lr_round, self.full_steps, self.steps), lr_scale=self.lr_scale,
+            lr_act=self.lr_act, drop=self.drop, scale_step=self.scale_step,
+        )  # fmt: skip
 
     def mix(self, teacher_in: Tensor, student_in: Tensor, rng: torch.Generator) -> Tensor:
         """QDrop on the block's input: each element from the teacher with probability `drop`."""

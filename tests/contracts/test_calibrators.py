@@ -163,7 +163,7 @@ def test_a_stated_normalization_is_used(name: str, tmp_path: Path):
     images = torch.cat(_batches(prepare("residual").teacher, source, mean=mean, std=std))
     # A source may move its images in training, by a part of the inputs' deviation, and a prior that makes them smooth takes
     # from theirs. In the space of normalized inputs the mean would be near 0 and the deviation near 1.
-    assert float(images.mean()) == pytest.approx(114, abs=20) and 0.3 * 58 < float(images.std()) < 1.1 * 58
+    assert float(images.mean()) == pytest.approx(114, abs=20) and 0.3 * 58 < float(images.std()) < 1.3 * 58
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -142,3 +142,27 @@ def test_failed_gate_raises_and_leaves_no_file(quantized, tmp_path):
     with pytest.raises(ptq.ExportError, match=r"does not compute what was simulated: tensor \w+"):
         ptq.export(qm, Wrong(), tmp_path / "m.onnx", images=images())
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_signed_activations(name, tmp_path):
+    qm = ptq.quantize(build(name), "w4a4", images(), input_shape=SHAPE, rounding="nearest", activations="signed")
+    proof = ptq.export(qm, "onnx_qdq", tmp_path / "m.onnx", images=images())
+    assert proof["passed"] and proof["differing_outputs"] == 0 and proof["float_layers"] == []
+
+
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_a_skipped_layer_runs_in_float(name, quantized, tmp_path):
+    """Left to itself, onnxruntime would round such a layer's weight to 8 bits."""
+    paths = list(quantized(name, "w8a8").plan.weights)
+    qm = ptq.quantize(
+        build(name),
+        "w8a8",
+        images(),
+        input_shape=SHAPE,
+        rounding="genie_m:steps=2",
+        layers=[f"{p}=float" for p in paths[1:3]],
+    )
+    proof = ptq.export(qm, "onnx_qdq", tmp_path / "m.onnx", images=images())
+    assert proof["passed"] and len(proof["float_layers"]) == 2 and proof["integer_layers"] == len(paths) - 2
+    assert all(t["steps"] <= 1 and t["differing"] <= max(2, 1e-3 * t["elements"]) for t in proof["tensors"])

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import fx, nn
 
-from ptq.errors import ModelError
+from ptq.errors import ModelError, SpecError
 from ptq.graph.fold_bn import fold_batch_norm
 from ptq.graph.ops import find_op, input_node, output_node, weighted_nodes
 from ptq.graph.plan import QuantPlan, make_plan, merged_clamp
 from ptq.graph.trace import trace
-from ptq.spec import BitConfig, PlanRules, QuantSpec
+from ptq.spec import BitConfig, Override, PlanRules, QuantSpec
 from tests.stages import assert_unchanged, fingerprint, values
 from tests.zoo import SHAPE, ZOO, build, images
 
@@ -197,3 +197,53 @@ def test_a_tensor_that_is_joined_with_a_negative_one_is_not_unsigned():
 
     plan = _plan(trace(Net(), SHAPE))
     assert {plan.values[v].symmetric for v in ("relu", "b", "cat")} == {False}
+
+
+def _set(*texts: str) -> tuple[Override, ...]:
+    return tuple(map(Override.parse, texts))
+
+
+def test_overrides_reach_their_layers_and_what_enters_them():
+    gm = _folded("residual")
+    plain = _plan(gm)
+    plan = _plan(gm, overrides=_set("layers.1.*=w8a8", "layers.1.conv2=w6", "fc=w5"))
+    assert {p: s.bits for p, s in plan.weights.items() if s != plain.weights[p]} == {
+        "layers.1.conv1": 8, "layers.1.conv2": 6, "layers.1.shortcut.0": 8, "fc": 5,
+    }  # fmt: skip
+    inputs = {str(n.target): n.all_input_nodes[0].meta["value"] for n in weighted_nodes(gm)}
+    changed = {v for v, s in plan.values.items() if s != plain.values[v]}
+    assert changed == {inputs["layers.1.conv1"], inputs["layers.1.conv2"]} and all(
+        plan.values[v].bits == 8 for v in changed
+    )
+
+
+def test_a_skipped_layer_stays_float_and_wants_no_codes():
+    gm = _folded("residual")
+    plan = _plan(gm, overrides=_set("fc=float"))
+    assert "fc" not in plan.weights and len(plan.weights) == len(_plan(gm).weights) - 1
+    inputs = {str(n.target): n.all_input_nodes[0].meta["value"] for n in weighted_nodes(gm)}
+    assert inputs["fc"] in _plan(gm).values and inputs["fc"] not in plan.values
+    with pytest.raises(ModelError, match="every"):
+        _plan(gm, overrides=_set("*=float"))
+
+
+def test_a_pattern_that_matches_nothing_names_the_layers():
+    with pytest.raises(SpecError, match=r"layers\.0\.conv1, layers\.0\.conv2"):
+        _plan(_folded("residual"), overrides=_set("layer.*=w8"))
+    with pytest.raises(SpecError, match=r"did you mean 'layers\.0\.conv1'"):
+        _plan(_folded("residual"), overrides=_set("layer.0.conv1=w8"))
+
+
+def test_kinds_of_grids():
+    gm = _folded("residual")
+    for kind, symmetric in (("symmetric", {True}), ("asymmetric", {False}), ("auto", {True, False})):
+        assert {s.symmetric for s in _plan(gm, weights=kind).weights.values()} == symmetric
+    signed = _plan(gm, activations="signed")
+    assert all(s.signed and s.symmetric for s in signed.values.values())
+    assert {v: s.bits for v, s in signed.values.items()} == {v: s.bits for v, s in _plan(gm).values.items()}
+
+
+def test_a_plan_of_another_network_is_refused():
+    with pytest.raises(SpecError, match="another network"):
+        _plan(_folded("plain")).check(_folded("residual"))
+    _plan(_folded("plain")).check(_folded("plain"))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ptq.errors import SpecError
 from ptq.quant.affine import along_axis, fake_quantize, quantize
-from ptq.quant.ranges import ESTIMATORS, NORMS, Estimator, estimators, lp, minmax, smoothed
+from ptq.quant.ranges import ESTIMATORS, NORMS, Estimator, estimators, kl, lp, minmax, percentile, smoothed
 from ptq.spec import QuantSpec
 
 SPECS = [
@@ -152,8 +152,8 @@ def test_channels_do_not_influence_each_other():
 
 def test_estimators_by_name():
     assert {name: estimators(name) for name in ("lp", "minmax")} == {"lp": [lp], "minmax": [minmax]}
-    with pytest.raises(SpecError, match=r"unknown range estimator 'mse'; known: lp, minmax"):
-        estimators("mse")
+    with pytest.raises(SpecError, match=r"unknown range estimator 'best'; known: kl, lp, minmax"):
+        estimators("best")
 
 
 def test_smoothed_is_the_mean_of_chunks():
@@ -173,3 +173,44 @@ def test_norms_are_tried_on_activations_only():
     assert len(scales) == len(NORMS) and scales == sorted(scales) and scales[0] < scales[-1] == float(lp(x, spec).scale)
     weight, per_row = torch.randn(4, 50), QuantSpec(4, True, False, 0)
     assert all(torch.equal(f(weight, per_row, None).scale, lp(weight, per_row).scale) for f in estimators("lp_best"))
+
+
+def test_percentile_leaves_out_the_ends():
+    x = torch.linspace(0, 1, 10_001)
+    spec, ends = QuantSpec(8, False, True), torch.tensor([[0.0, 1.0]])
+    assert float(percentile(x, spec, ends, share=99.0).scale) == pytest.approx(0.99 / 255, rel=1e-3)
+    assert float(percentile(x, spec, None).scale) == pytest.approx(1 / 255)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_kl_cuts_a_long_tail_and_only_that(bits: int):
+    """A thousand of a million values far out: they are cut. A uniform distribution has no tail: all of it stays."""
+    rng = torch.Generator().manual_seed(0)
+    bulk = torch.randn(100_000, generator=rng).abs()
+    tail = torch.cat([bulk, torch.full((20,), 60.0)])
+    spec = QuantSpec(bits, False, True)
+    ends = torch.tensor([[0.0, 60.0]])
+    assert float(kl(tail, spec, ends).scale) * spec.qmax < 20
+    assert float((fake_quantize(tail, kl(tail, spec, ends)) - tail)[:-20].square().mean()) < float(
+        (fake_quantize(tail, minmax(tail, spec)) - tail)[:-20].square().mean()
+    )
+    flat = torch.rand(100_000, generator=rng)
+    assert float(kl(flat, spec, ends).scale) * spec.qmax > 0.95
+
+
+def test_kl_is_not_drawn_to_zeros():
+    """Half of the values behind a ReLU are zero; the range is that of the others."""
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(100_000, generator=rng).relu()
+    spec, ends = QuantSpec(8, False, True), torch.tensor([[0.0, 4.0]])
+    assert float(kl(x, spec, ends).scale) == float(kl(x[x > 0], spec, ends).scale)
+    assert float(kl(x, spec, ends).scale) * 255 > 2.5
+
+
+def test_numbers_after_the_name():
+    x, spec, ends = torch.randn(4096).abs(), QuantSpec(4, False, True), torch.tensor([[0.0, 4.0]])
+    assert torch.equal(estimators("percentile:90")[0](x, spec, ends).scale, percentile(x, spec, ends, share=90).scale)
+    assert torch.equal(estimators("lp:2")[0](x, spec, ends).scale, estimators("mse")[0](x, spec, ends).scale)
+    for wrong in ("percentile:20", "lp:x", "minmax:3", "percentile:nan"):
+        with pytest.raises(SpecError, match=wrong):
+            estimators(wrong)

@@ -1,0 +1,234 @@
+"""Mixed precision: the widths of all layers that together meet a budget at the least cost, by integer programming.
+
+    min over x, y of   Σ_l Σ_b c_l(b) Σ_a x_lba + Σ_g Σ_a c_g(a) y_ga
+    Σ_ba x_lba = 1,    Σ_b x_lba = y_g(l),a,    Σ x_lba · size_l(b)  or  Σ x_lba · MACs_l · b · a  ≤  budget
+
+x_lba: layer l has weights of b bits and reads activations of a bits; y_ga: the values of group g, which share a grid, have a
+bits. c: noise at the network's output (`ptq.sensitivity`). Exact, by HiGHS (`scipy.optimize.milp`).
+"""
+
+import copy
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import coo_array
+from torch import Tensor, fx, nn
+
+from ptq.contracts import Feedback
+from ptq.errors import SpecError
+from ptq.graph.fold_bn import fold_batch_norm
+from ptq.graph.ops import weighted_nodes
+from ptq.graph.plan import QuantPlan, make_plan
+from ptq.quant.ranges import Estimator, estimators
+from ptq.run import start_run
+from ptq.sensitivity import WIDTHS, Cost, activation_costs, noise_of, weight_costs
+from ptq.sources import Data, build_source, gather, settle_source, trace_all
+from ptq.spec import BitConfig, Budget, Override, PlanRules, QuantSpec
+
+Costs = Mapping[str, Mapping[int, float]]  # place → width → noise
+
+
+def layer_macs(gm: fx.GraphModule) -> dict[str, int]:
+    """Module path → multiplications and additions an image."""
+    macs = {}
+    for node in weighted_nodes(gm):
+        layer = gm.get_submodule(str(node.target))
+        places = (
+            math.prod(node.meta["shape"][1:]) if isinstance(layer, nn.Conv2d) else math.prod(node.meta["shape"][:-1])
+        )
+        macs[str(node.target)] = layer.weight.numel() * places  # type: ignore[union-attr, operator]
+    return macs
+
+
+def weight_bytes(gm: fx.GraphModule, plan: QuantPlan) -> float:
+    """Bytes of the planned weights' codes, packed without gaps; biases and scales, the same at every width, not counted."""
+    return sum(_numel(gm, path) * spec.bits / 8 for path, spec in plan.weights.items())
+
+
+def bit_operations(gm: fx.GraphModule, plan: QuantPlan) -> float:
+    """Σ MACs · weight bits · activation bits, an image; a float input counts 8 bits."""
+    macs, inputs = layer_macs(gm), _inputs(gm)
+    return sum(macs[p] * s.bits * _act_bits(plan, inputs[p]) for p, s in plan.weights.items())
+
+
+def _act_bits(plan: QuantPlan, value: str) -> int:
+    return plan.values[value].bits if value in plan.values else 8
+
+
+def _inputs(gm: fx.GraphModule) -> dict[str, str]:
+    return {str(n.target): n.all_input_nodes[0].meta["value"] for n in weighted_nodes(gm)}
+
+
+def _numel(gm: fx.GraphModule, path: str) -> int:
+    return gm.get_submodule(path).weight.numel()  # type: ignore[union-attr, operator]
+
+
+def choose_widths(
+    gm: fx.GraphModule, plan: QuantPlan, fixed: Sequence[str], weights: Costs, activations: Costs, budget: Budget
+) -> tuple[Override, ...]:
+    """Overrides, one per layer whose widths are free, that meet the budget at the least summed cost.
+
+    Args:
+        gm: the folded network. plan: its plan, which says what the fixed layers have.
+        fixed: module paths whose widths stay as planned (first and last layers, and what the user set).
+        weights: of every free layer. activations: of every group that may change; others stay as planned.
+
+    Raises:
+        SpecError: no choice of widths meets the budget.
+    """
+    free = [path for path in plan.weights if path not in fixed and path in weights]
+    macs, inputs = layer_macs(gm), _inputs(gm)
+    bops = budget.kind == "bops"
+    groups = {p: plan.group(inputs[p]) if bops and inputs[p] in plan.values else "" for p in free}
+    acts = {p: sorted(activations.get(groups[p], ())) for p in free}  # none: the activations of that layer stay
+    options = [(p, b, a) for p in free for b in sorted(weights[p]) for a in (acts[p] or [None])]
+    shared = [(g, a) for g in dict.fromkeys(groups.values()) if g in activations for a in sorted(activations[g])]
+    column = {key: k for k, key in enumerate([*options, *shared])}
+
+    def price(path: str, bits: int, act: int | None) -> float:
+        if not bops:
+            return _numel(gm, path) * bits / 8
+        return macs[path] * bits * (_act_bits(plan, inputs[path]) if act is None else act)
+
+    cost = np.array([*(weights[p][b] for p, b, _ in options), *(activations[g][a] for g, a in shared)])
+    prices = np.array([*(price(*o) for o in options), *(0.0 for _ in shared)])
+    spent = sum(price(p, s.bits, None) for p, s in plan.weights.items() if p not in free)
+    least = spent + sum(min(price(*o) for o in options if o[0] == p) for p in free)
+    if least > budget.amount:
+        unit = "bit operations" if bops else "bytes"
+        raise SpecError(f"a budget of {budget.amount:.0f} {unit} cannot be met; the narrowest widths need {least:.0f}")
+    rows: list[dict[int, float]] = [{column[o]: 1.0 for o in options if o[0] == p} for p in free]
+    ends = [1.0] * len(rows)
+    for p in free:
+        for a in acts[p]:
+            rows.append({**{column[o]: 1.0 for o in options if o[0] == p and o[2] == a}, column[groups[p], a]: -1.0})
+            ends.append(0.0)
+    entries = [(r, c, v) for r, row in enumerate(rows) for c, v in row.items()]
+    matrix = coo_array(
+        ([v for *_, v in entries], ([r for r, *_ in entries], [c for _, c, _ in entries])), (len(rows), len(cost))
+    )
+    scale = max(budget.amount, 1.0)
+    solved = milp(
+        cost / cost.max(), integrality=np.ones(len(cost)), bounds=Bounds(0, 1),
+        constraints=[
+            LinearConstraint(matrix.tocsc(), np.array(ends), np.array(ends)),  # pyright: ignore[reportArgumentType]
+            LinearConstraint(prices[None] / scale, -np.inf, (budget.amount - spent) / scale),
+        ],
+        options={"mip_rel_gap": 1e-4},
+    )  # fmt: skip
+    if solved.x is None:
+        raise SpecError(f"no choice of widths meets {budget}: {solved.message}")
+    picked = [o for o in options if solved.x[column[o]] > 0.5]
+    return tuple(Override(path, bits, act) for path, bits, act in picked)
+
+
+def plan_within(
+    folded: fx.GraphModule, budget: Budget, rules: PlanRules, images: Tensor, estimator: Estimator,
+    *, seed: int, device: torch.device, feedback: Feedback,
+) -> QuantPlan:  # fmt: skip
+    """The plan that meets a budget at the least cost on calibration images [N, C, H, W].
+
+    First and last layers keep their width where the rules say so, and so does what an override sets.
+
+    Raises:
+        SpecError: the budget cannot be met.
+    """
+    costs = measure(
+        folded, make_plan(folded, BitConfig(8, 8), rules), images, estimator, widths=WIDTHS, seed=seed, device=device,
+        feedback=feedback, asymmetric_below=rules.asymmetric_below, acts=budget.kind == "bops", blocks=False,
+    )  # fmt: skip
+    return plan_by(folded, budget, rules, costs)
+
+
+def measure(
+    folded: fx.GraphModule, plan: QuantPlan, images: Tensor, estimator: Estimator,
+    *, widths: Sequence[int], seed: int, device: torch.device, feedback: Feedback, asymmetric_below: int,
+    acts: bool, blocks: bool,
+) -> list[Cost]:  # fmt: skip
+    """What each width costs, of weights and, with `acts`, of activations; with `blocks`, of the weights of whole blocks too."""
+    on_device = copy.deepcopy(folded).to(device)
+    costs = weight_costs(
+        on_device, plan, images, estimator,
+        widths=widths, asymmetric_below=asymmetric_below, device=device, feedback=feedback, blocks=blocks,
+    )  # fmt: skip
+    if acts:
+        costs += activation_costs(
+            on_device, plan, images, estimator, widths=widths, seed=seed, device=device, feedback=feedback
+        )
+    return costs
+
+
+def plan_by(folded: fx.GraphModule, budget: Budget, rules: PlanRules, costs: Sequence[Cost]) -> QuantPlan:
+    """The plan that meets a budget at the least sum of measured costs; see `plan_within`."""
+    wide = BitConfig(8, budget.act)
+    plan, layers = make_plan(folded, wide, rules), weighted_nodes(folded)
+    fixed = [str(layers[0].target), str(layers[-1].target)] if rules.edges != "all" else []
+    fixed += [path for path in plan.weights if any(o.matches(path) and o.weight is not None for o in rules.overrides)]
+    acts = noise_of(costs, "activation") if budget.kind == "bops" else {}
+    chosen = choose_widths(folded, plan, fixed, noise_of(costs, "weight"), acts, budget)
+    return make_plan(folded, wide, replace(rules, overrides=(*chosen, *rules.overrides)))
+
+
+@dataclass(frozen=True, slots=True)
+class BitSensitivity:
+    """costs: what each width costs in each place. plan: the one that meets the budget, where one was given; bytes: of its
+    weights, packed; bops: its bit operations an image."""
+
+    costs: tuple[Cost, ...]
+    plan: QuantPlan | None = None
+    bytes: float = 0.0
+    bops: float = 0.0
+
+
+def bit_sensitivity(
+    model: nn.Module,
+    data: Data = "auto",
+    *,
+    input_shape: tuple[int, int, int],
+    widths: Sequence[int] = (2, 3, 4, 6, 8),
+    count: int = 256,
+    budget: str | Budget | None = None,
+    ranges: str = "lp",
+    edges: str = "brecq",
+    effort: str = "standard",
+    mean: Iterable[float] | None = None,
+    std: Iterable[float] | None = None,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    cache: str | Path | None = None,
+    feedback: Feedback | None = None,
+) -> BitSensitivity:
+    """What each bit width costs a trained network, layer by layer; the arguments are those of `ptq.quantize`.
+
+    Args:
+        widths: bits to try, of weights and of the tensors that enter a weighted layer. count: images to judge by, at most.
+        budget: "auto:size=1.2MB,a4" or "auto:bops=2.5G": also the plan that meets it, of all widths from 2 to 8.
+
+    Raises:
+        SpecError, PluginError, ModelError, CalibrationError: a bad argument, a network that cannot be served, or a budget that
+            cannot be met.
+    """
+    for bits in widths:
+        QuantSpec(bits, True, True)  # says which widths there are
+    rules, estimate = PlanRules(edges), estimators(ranges)[0]
+    wanted = Budget.parse(budget) if isinstance(budget, str) else budget
+    source, run = build_source(data, effort), start_run(input_shape, device, seed, mean, std, feedback, cache)
+    networks = trace_all(model, (), run)
+    folded = fold_batch_norm(networks[0])
+    plan = make_plan(folded, BitConfig(8, 8), rules)
+    images = gather(settle_source(source, networks, run, effort), networks, run)[:count]
+    tried = sorted({*widths, *(WIDTHS if wanted else ())})
+    costs = measure(
+        folded, plan, images, estimate, widths=tried, seed=seed, device=run.device, feedback=run.feedback,
+        asymmetric_below=rules.asymmetric_below, acts=True, blocks=True,
+    )  # fmt: skip
+    shown = tuple(cost for cost in costs if cost.bits in widths)
+    if wanted is None:
+        return BitSensitivity(shown)
+    plan = plan_by(folded, wanted, rules, costs)
+    return BitSensitivity(shown, plan, weight_bytes(folded, plan), bit_operations(folded, plan))

@@ -1,0 +1,88 @@
+"""BRECQ: the rounding of a block's layers decided together, by the block's output, as far as the network's loss cares.
+
+    min over V, s_a of   Σ (z - z_q)² · (∂L/∂z)² + λ Σ (1 - |2h(V) - 1|^β)
+
+z, z_q: the block's output in teacher and student; (∂L/∂z)²: the diagonal of the Fisher information.
+
+Ref: Li et al., BRECQ, ICLR 2021, arXiv 2102.05426, eq. 10, algorithm 1; Esser et al., LSQ, ICLR 2020.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from ptq.contracts import Presets
+from ptq.quant.fake_quant import mix
+from ptq.reconstruct._capture import block_error
+from ptq.reconstruct._soft_round import annealed_beta, attach_soft, rounding_penalty, sped_up
+
+__all__ = ["Brecq"]
+
+
+@dataclass(frozen=True)
+class Brecq:
+    """AdaRound block by block, with activation scales trained beside the soft bits.
+
+    steps: optimizer steps a block. batch_size: images a step. fisher: whether errors are weighted by the squared gradient of
+    the network's loss; false is the plain squared error. lr_round, lr_act: Adam's rates for soft bits and activation scales.
+    penalty: λ. warmup: share of steps without penalty. beta_start, beta_end: annealing of β. drop: probability that an
+    element skips quantization (QDrop). unit: "block", or "layer".
+
+    Differs: the Fisher weights need no labels: those are drawn from the teacher's own prediction, which is the definition of
+    the Fisher information; weights are scaled to mean 1 per block, so that λ keeps its meaning. Activation scales are trained
+    with the weights, not after them. At fewer than `full_steps` steps the soft bits' rate is higher, see
+    `_soft_round.sped_up`; λ as in the runs of GENIE's authors. A scale moves by at most `scale_step` of itself a step.
+    """
+
+    steps: int = 20000
+    batch_size: int = 32
+    fisher: bool = True
+    lr_round: float = 1e-3
+    lr_act: float = 4e-5
+    penalty: float = 0.1
+    warmup: float = 0.2
+    beta_start: float = 20.0
+    beta_end: float = 2.0
+    drop: float = 0.0
+    unit: Literal["layer", "block"] = "block"
+    scale_step: float = 2e-3
+    full_steps: int = 20000
+
+    @property
+    def needs_fisher(self) -> bool:
+        """Whether `loss` is to be handed Fisher weights."""
+        return self.fisher
+
+    presets: ClassVar[Presets] = {"quick": {"steps": 400}, "standard": {"steps": 1000}}
+
+    def attach(self, block: nn.Module, rng: torch.Generator) -> list[dict[str, Any]]:
+        """Soft bits of every layer and scales of every activation quantizer that is not settled yet."""
+        return attach_soft(
+            block, rng, lr_round=sped_up(self.lr_round, self.full_steps, self.steps), lr_scale=0.0,
+            lr_act=self.lr_act, drop=self.drop, scale_step=self.scale_step,
+        )  # fmt: skip
+
+    def mix(self, teacher_in: Tensor, student_in: Tensor, rng: torch.Generator) -> Tensor:
+        """The quantized input, or with `drop` a mixture."""
+        return mix(teacher_in, student_in, self.drop, rng) if self.drop > 0 else student_in
+
+    def loss(
+        self,
+        block: nn.Module,
+        outputs: list[Tensor],
+        targets: list[Tensor],
+        fisher: list[Tensor] | None,
+        progress: float,
+    ) -> Tensor:
+        """Squared error, weighted by `fisher`, summed over channels and averaged over the rest, plus the rounding penalty."""
+        error = block_error(outputs, targets, fisher)
+        beta = annealed_beta(progress, self.warmup, self.beta_start, self.beta_end)
+        return error if beta is None else error + self.penalty * rounding_penalty(block, beta)
+
+    @classmethod
+    def smoke(cls, folder: Path) -> Self:
+        """A few steps a block."""
+        return cls(steps=3, batch_size=4)

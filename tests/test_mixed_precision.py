@@ -1,0 +1,121 @@
+"""Sensitivity, and plans that meet a budget."""
+
+import itertools
+import json
+
+import pytest
+import torch
+
+import ptq
+from ptq.cli import main
+from ptq.contracts import Feedback
+from ptq.errors import SpecError
+from ptq.graph.plan import make_plan
+from ptq.mixed_precision import bit_operations, choose_widths, layer_macs, plan_within, weight_bytes
+from ptq.quant.ranges import lp
+from ptq.spec import BitConfig, Budget, Override, PlanRules
+from tests.stages import prepare
+from tests.zoo import SHAPE, build, images
+
+_CPU = torch.device("cpu")
+
+
+def _random_costs(places, widths, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    return {p: {b: float(torch.rand((), generator=rng)) * 4.0**-b for b in widths} for p in places}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_size_is_met_at_the_least_cost(seed: int):
+    """Against every combination there is."""
+    gm = prepare("residual").folded
+    plan = make_plan(gm, BitConfig(8, 4), PlanRules())
+    free = list(plan.weights)[1:-1]
+    costs = _random_costs(free, (2, 4, 8), seed)
+    sizes = {p: gm.get_submodule(p).weight.numel() / 8 for p in plan.weights}
+    spent = 8 * (sizes["conv1"] + sizes["fc"])
+    budget = spent + 4.3 * sum(sizes[p] for p in free)
+    best = min(
+        (sum(costs[p][b] for p, b in zip(free, bits)), bits)
+        for bits in itertools.product((2, 4, 8), repeat=len(free))
+        if spent + sum(sizes[p] * b for p, b in zip(free, bits)) <= budget
+    )
+    found = choose_widths(gm, plan, ["conv1", "fc"], costs, {}, Budget("size", budget))
+    assert tuple(o.weight for o in found) == best[1] and [o.pattern for o in found] == free
+
+
+def test_bit_operations_are_met_at_the_least_cost():
+    """Weights and activations together; two layers that read one tensor agree on its width."""
+    gm = prepare("residual").folded
+    plan = make_plan(gm, BitConfig(8, 8), PlanRules())
+    free, macs = list(plan.weights)[1:-1], layer_macs(gm)
+    inputs = {
+        str(n.target): n.all_input_nodes[0].meta["value"] for n in gm.graph.nodes if str(n.target) in plan.weights
+    }
+    groups = list(dict.fromkeys(plan.group(inputs[p]) for p in free))
+    weights, acts = _random_costs(free, (2, 4)), _random_costs(groups, (4, 8), 1)
+    fixed = sum(macs[p] * 64 for p in ("conv1", "fc"))
+    budget = fixed + 0.4 * sum(macs[p] * 32 for p in free)
+    best = min(
+        (sum(weights[p][b] for p, b in zip(free, wb)) + sum(acts[g][a] for g, a in zip(groups, ab)), wb, ab)
+        for wb in itertools.product((2, 4), repeat=len(free))
+        for ab in itertools.product((4, 8), repeat=len(groups))
+        if fixed + sum(macs[p] * b * ab[groups.index(plan.group(inputs[p]))] for p, b in zip(free, wb)) <= budget
+    )
+    found = choose_widths(gm, plan, ["conv1", "fc"], weights, acts, Budget("bops", budget))
+    assert tuple(o.weight for o in found) == best[1]
+    assert [o.act for o in found] == [best[2][groups.index(plan.group(inputs[p]))] for p in free]
+
+
+def test_measured_plan_meets_its_budget_and_keeps_what_was_set():
+    gm = prepare("residual").folded
+    free = PlanRules()
+    uniform = weight_bytes(gm, make_plan(gm, BitConfig(3, 4), free))
+    common = {"seed": 0, "device": _CPU, "feedback": Feedback()}
+    plan = plan_within(gm, Budget("size", uniform, 4), free, images(), lp, **common)
+    assert weight_bytes(gm, plan) <= uniform
+    assert plan.weights["conv1"].bits == plan.weights["fc"].bits == 8
+    kept = PlanRules(overrides=(Override("layers.0.conv1", weight=8),))
+    plan = plan_within(gm, Budget("size", uniform, 4), kept, images(), lp, **common)
+    assert plan.weights["layers.0.conv1"].bits == 8 and weight_bytes(gm, plan) <= uniform
+    half = 0.4 * bit_operations(gm, make_plan(gm, BitConfig(8, 8), free))
+    assert bit_operations(gm, plan_within(gm, Budget("bops", half), free, images(), lp, **common)) <= half
+    with pytest.raises(SpecError, match="cannot be met"):
+        plan_within(gm, Budget("size", 100.0, 4), free, images(), lp, **common)
+
+
+def test_wider_costs_less():
+    found = ptq.bit_sensitivity(build("residual"), images(), input_shape=SHAPE, widths=(2, 8))
+    kinds = {kind: [c for c in found.costs if c.kind == kind] for kind in ("weight", "block", "activation")}
+    assert len(kinds["weight"]) == 2 * 7 and all(kinds.values()) and found.plan is None
+    table = {(c.place, c.kind, c.bits): c.sqnr_db for c in found.costs}
+    assert all(table[p, k, 8] > table[p, k, 2] + 10 for p, k, _ in table)
+
+
+def test_command_writes_a_plan_that_quantize_takes(tmp_path, capsys):
+    torch.save(build("residual").state_dict(), tmp_path / "m.pt")
+    network = [str(tmp_path / "m.pt"), "--arch", "tests.zoo:Residual", "--input-shape", "3,16,16", "--data", "gaussian"]
+    plan, out = tmp_path / "plan.json", tmp_path / "out"
+    args = [
+        "sensitivity",
+        *network,
+        "-n",
+        "8",
+        "--widths",
+        "2,8",
+        "--json",
+        "--bits",
+        "auto:size=4KB,a4",
+        "-o",
+        str(plan),
+    ]
+    assert main(args) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["plan"]["bytes"] <= 4000 and {c["bits"] for c in shown["costs"]} == {2, 8}
+    assert main(args) == 2 and "exists" in capsys.readouterr().err
+    quick = ["--rounding", "nearest", "--effort", "quick", "--quiet", "-o", str(out)]
+    assert main(["quantize", *network, "--plan", str(plan), *quick]) == 0
+    assert json.loads((out / "plan.json").read_text()) == json.loads(plan.read_text())
+    assert ptq.load(out).plan.to_json() == json.loads(plan.read_text())
+    other = [str(tmp_path / "m.pt"), "--arch", "tests.zoo:Residual", "--input-shape", "3,16,16", "--skip", "nothing.*"]
+    assert main(["inspect", *other]) == 2 and "layers.0.conv1" in capsys.readouterr().err
