@@ -1,9 +1,11 @@
 """What NAYER's input brings: cross-entropy of the generator's images to their labels, step by step (its table 3).
 
-    python benchmarks/label_embeddings.py --network resnet44 --seeds 5 --steps 30 --count 100
+    python benchmarks/label_embeddings.py --network resnet44 --seeds 5 --rounds 5 --steps 30 --count 100
 
-Rounds of a fresh generator each, at equal steps: label embeddings through a noisy layer (one for all classes, K-to-1, and one
-per image, 1-to-1), one-hot labels through the same, and random noise. Images are scored as they are, without augmentation.
+A fresh generator, trained for some rounds of equal steps, each with a noisy layer of its own: label embeddings through it (one
+layer for all classes, K-to-1, and one per image, 1-to-1), one-hot labels through the same, random noise drawn in every step (the
+paper's Z), and noise drawn once a round, which a generator can learn by heart. The last round's images are scored, without
+augmentation.
 Uses the interface of data sources (`ptq.contracts`), which tells which labels the images were made for.
 """
 
@@ -20,13 +22,14 @@ from rows import Rows, markdown, mean_and_deviation
 from ptq.contracts import CalibrationContext, make_rng
 from ptq.graph.trace import trace
 
-_KEYS = ("network", "input", "steps", "count", "seed")
+_KEYS = ("network", "input", "rounds", "steps", "count", "seed")
 _FIGURES = ("cross_entropy", "right", "spread", "seconds")
 _INPUTS = {
     "label embeddings, K-to-1": {"input": "labels"},
     "label embeddings, 1-to-1": {"input": "labels", "noisy": "each"},
     "one-hot labels, K-to-1": {"input": "one_hot"},
     "noise, Z": {"input": "noise"},
+    "noise, once a round": {"input": "latents"},
 }
 
 
@@ -35,7 +38,8 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--shared", type=Path, default=SHARED, help="folder with zoo/ and data/")
     p.add_argument("--network", default="resnet44", help="of cases.toml")
-    p.add_argument("--seeds", type=int, default=5, help="rounds, each with a fresh generator and its own seed")
+    p.add_argument("--seeds", type=int, default=5, help="generators, each with its own seed")
+    p.add_argument("--rounds", type=int, default=5, help="rounds of each generator")
     p.add_argument("--steps", type=int, default=30, help="generator steps a round")
     p.add_argument("--count", type=int, default=100, help="images a round")
     p.add_argument("--device", default="cpu")
@@ -44,11 +48,12 @@ def main() -> None:
     rows, network = Rows(args.out, _KEYS), load(args.network, args.shared)
     for seed in range(args.seeds):
         for name, options in _INPUTS.items():
-            key = {"network": args.network, "input": name, "steps": args.steps, "count": args.count, "seed": seed}
+            key = {"network": args.network, "input": name, "seed": seed}
+            key |= {k: getattr(args, k) for k in ("rounds", "steps", "count")}
             if rows.find(**key) is None:
                 rows.add(row := key | _round(network, options, seed, args))
                 print(row, flush=True)
-    mine = [r for r in rows.rows if all(r[k] == getattr(args, k) for k in ("network", "steps", "count"))]
+    mine = [r for r in rows.rows if all(r[k] == getattr(args, k) for k in ("network", "rounds", "steps", "count"))]
     groups = {name: [r for r in mine if r["input"] == name] for name in dict.fromkeys(r["input"] for r in mine)}
     table = [
         [name, *(mean_and_deviation([r[f] for r in found], 3) for f in _FIGURES)] for name, found in groups.items()
@@ -57,17 +62,18 @@ def main() -> None:
 
 
 def _round(network: Network, options: dict[str, str], seed: int, args: argparse.Namespace) -> dict[str, float]:
-    """Cross-entropy to the labels, share of images of their class, spread of the images, seconds."""
-    source = Nayer(count=args.count, batch_size=args.count, steps=args.steps, reset=1, **options)
+    """Of the last round: cross-entropy to the labels, share of images of their class, spread of the images; seconds in all."""
+    total = args.rounds * args.count
+    source = Nayer(count=total, batch_size=args.count, steps=args.steps, reset=args.rounds, **options)
     device = torch.device(args.device)
     ctx = CalibrationContext(
         trace(network.model, network.shape).to(device), network.shape, torch.tensor(network.mean),
-        torch.tensor(network.std), args.count, args.count, device, make_rng(seed, "calibration"),
+        torch.tensor(network.std), total, args.count, device, make_rng(seed, "calibration"),
     )  # fmt: skip
     start = time.perf_counter()
-    (images,) = source.batches(ctx)
+    *_, images = source.batches(ctx)
     seconds = time.perf_counter() - start
-    labels = source.labels(ctx, 0, args.count).to(device)
+    labels = source.labels(ctx, args.rounds - 1, args.count).to(device)
     with torch.no_grad():
         logits = ctx.model(images)
     spread = (images - images.mean(0)).square().mean().sqrt()

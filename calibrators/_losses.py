@@ -3,13 +3,13 @@
 μ_l, σ_l: running mean and deviation of BatchNorm l; m_l, s_l: those of its input on the images at hand.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ptq.graph.taps import EPS, Tap, Taps, alive, gaussian_kl, moments
+from ptq.graph.taps import EPS, Tap, Taps, alive, batch_norms, gaussian_kl, moments
 
 
 def std_loss(taps: Taps) -> Tensor:
@@ -56,9 +56,7 @@ def variance_loss(taps: Taps, past: "PastStatistics | None" = None) -> Tensor:
 
     Ref: Tran et al., NAYER, CVPR 2024, eq. 5, L_BN; Yin et al., DeepInversion, CVPR 2020.
     """
-    found = [(tap.mean, tap.var) for tap in taps.seen]
-    if past is not None:
-        found = past.blend(found)
+    found = [(tap.mean, tap.var) if past is None else past.blend(tap) for tap in taps.seen]
     terms = [
         _norm(mean - tap.running_mean) + _norm(var - tap.running_var) for tap, (mean, var) in zip(taps.seen, found)
     ]
@@ -73,33 +71,38 @@ class PastStatistics(nn.Module):
     so that a set of batches matches the training statistics where no single one does. Before the first batch, m = m_now.
     """
 
-    def __init__(self, sizes: Iterable[int], momentum: float) -> None:
+    def __init__(self, models: Sequence[nn.Module], momentum: float) -> None:
         super().__init__()
-        self.momentum = momentum
-        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
-        for k, size in enumerate(sizes):
-            self.register_buffer(f"mean_{k}", torch.zeros(size))
-            self.register_buffer(f"var_{k}", torch.zeros(size))
+        self.momentum, self.place = momentum, dict[int, int]()
+        self.follow(models)
+        for k, norm in enumerate(norm for model in models for norm in batch_norms(model).values()):
+            size = len(norm.running_mean)  # type: ignore[arg-type]
+            self.register_buffer(f"mean_{k}", torch.full((size,), torch.nan))  # not a number: nothing seen yet
+            self.register_buffer(f"var_{k}", torch.full((size,), torch.nan))
 
-    def blend(self, now: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-        """Mean and variance [C] of each layer, the past's share in them."""
-        if self.momentum == 0 or int(self.batches) == 0:  # type: ignore[arg-type]
-            return now
-        return [
-            (
-                torch.lerp(mean, self.get_buffer(f"mean_{k}"), self.momentum),
-                torch.lerp(var, self.get_buffer(f"var_{k}"), self.momentum),
-            )
-            for k, (mean, var) in enumerate(now)
-        ]
+    def follow(self, models: Iterable[nn.Module]) -> None:
+        """Looks at these networks from now on: the same ones, or copies of them."""
+        norms = [norm for model in models for norm in batch_norms(model).values()]
+        self.place = {id(norm): k for k, norm in enumerate(norms)}
+
+    def blend(self, tap: Tap) -> tuple[Tensor, Tensor]:
+        """Mean and variance [C] of what enters a BatchNorm, the past's share in them."""
+        k = self.place[id(tap.norm)]
+        past = self.get_buffer(f"mean_{k}"), self.get_buffer(f"var_{k}")
+        mean, var = (
+            torch.where(old.isnan(), now, torch.lerp(now, old.nan_to_num(), self.momentum))
+            for old, now in zip(past, (tap.mean, tap.var))
+        )
+        return mean, var
 
     @torch.no_grad()
-    def add(self, now: list[tuple[Tensor, Tensor]]) -> None:
+    def add(self, seen: Iterable[Tap]) -> None:
         """Takes a batch into the average."""
-        for k, (mean, var) in enumerate(self.blend(now)):
+        for tap in seen:
+            mean, var = self.blend(tap)
+            k = self.place[id(tap.norm)]
             self.get_buffer(f"mean_{k}").copy_(mean)
             self.get_buffer(f"var_{k}").copy_(var)
-        self.batches += 1  # type: ignore[operator]
 
 
 def _norm(v: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ptq.contracts import CalibrationContext, Presets, make_rng
 from ptq.errors import CalibrationError
-from ptq.graph.taps import Taps, batch_norms, tap_batch_norms
+from ptq.graph.taps import Taps, tap_batch_norms
 
 __all__ = ["Nayer"]
 
@@ -38,10 +38,11 @@ class Nayer:
     count: images. batch_size: images a round. steps: generator steps a round, g. lr: Adam's rate. latent: size of the noisy
     layer's output. a_cls, a_bn, a_adv: weights of the three terms; the last counts where a student is being trained, and
     only images on which it agrees with the teacher. momentum: share of earlier rounds in the statistics that the BN term
-    compares with the training images', as in the authors' program. reset: rounds a generator lives. warmup: rounds of each generator that
-    give no images. pad: border of the random crop before the networks, in pixels.
+    compares with the training images', as in the authors' program. reset: rounds a generator lives. warmup: rounds of each
+    generator that give no images. pad: border of the random crop before the networks, in pixels.
     input: "labels", or for comparison "one_hot" (the same through one-hot labels), "noise" (N(0, 1) straight into the
-    generator, drawn in every step) and "latents" (drawn once a round). noisy: "shared", one noisy layer for each set of all K classes (K-to-1), or "each", one per image (1-to-1).
+    generator, drawn in every step) and "latents" (the same, drawn once a round). noisy: "shared", one noisy layer for each set
+    of all K classes (K-to-1), or "each", one per image (1-to-1).
     embeddings: .npz or .npy with label embeddings [classes, D]; names: text file of class names, encoded by `encoder`
     (extra `text`); default: the rows of the teacher's classifier.
     """
@@ -129,8 +130,7 @@ class _Run:
         self.space: Space = pixel_space(ctx)
         self.rows = self._rows().to(ctx.device)
         self.generator = seeded(lambda: ConvGenerator(ctx.input_shape, options.latent), ctx.rng).to(ctx.device)
-        norms = [norm for model in (ctx.model, *ctx.others) for norm in batch_norms(model).values()]
-        self.past = PastStatistics([len(norm.running_mean) for norm in norms], options.momentum).to(ctx.device)  # type: ignore[arg-type]
+        self.past = PastStatistics((ctx.model, *ctx.others), options.momentum).to(ctx.device)
         self.count = StepCount(ctx, options.steps)
 
     def _rows(self) -> Tensor:
@@ -157,8 +157,8 @@ class _Run:
         z = torch.randn(size, o.latent, generator=rng).to(device)
         adam = torch.optim.Adam([*g.parameters(), *layer.parameters()], lr=o.lr, betas=(0.5, 0.999))
         best, least = z, torch.tensor(torch.inf, device=device)
-        statistics: list[tuple[Tensor, Tensor]] = []
         model = teachers(self.ctx)
+        self.past.follow(model.models)
         with tap_batch_norms(model.models, required=False) as taps:
             for step in range(o.steps):
                 taps.seen.clear()
@@ -172,9 +172,8 @@ class _Run:
                 better = loss.detach() < least
                 best = torch.where(better, u.detach(), best) if step else u.detach()
                 least = torch.where(better, loss.detach(), least)
-                statistics = [(tap.mean.detach(), tap.var.detach()) for tap in taps.seen]
                 done(step, loss)
-            self.past.add(statistics)
+            self.past.add(taps.seen)
         if not bool(torch.isfinite(best).all()):
             raise CalibrationError("synthesis diverged: the images are not finite; lower lr")
         return self.space.place(best)

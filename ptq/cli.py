@@ -69,11 +69,13 @@ def _settle(args: argparse.Namespace) -> None:
         found = _read_recipe(args.recipe)
         if (number := found.pop("further_teachers")) != len(args.with_models or []):
             raise SpecError(f"that run made its images with {number} further networks; name as many by --with")
-        recipe |= found
+        if found["bits"] == "plan" and args.bits is None and args.plan is None:
+            args.plan = args.recipe  # a manifest holds its plan
+        recipe |= found | {"bits": _RECIPE["bits"] if found["bits"] == "plan" else found["bits"]}
     for name, setting in recipe.items():
         if getattr(args, name, None) is None:
             setattr(args, name, setting)
-    args.layers = [*(args.layers or []), *(f"{name}=float" for name in args.skip or [])]
+    args.layers = args.layers or []
     if getattr(args, "finish", None) == "none":
         args.finish = None
     if args.input_shape is None:
@@ -192,7 +194,8 @@ def _baselines(
     assert qm.images is not None
     source = plugins.build("calibrators", qm.manifest.recipe["data"])
     again = _Again(qm.images, source.synthetic, source.teacher_bn, source.batch_size, len(qm.images))
-    nearest = quantize(model, args.bits, again, rounding="nearest", plan=qm.plan, **common)  # pyright: ignore[reportArgumentType]
+    same = common | {"layers": ()}
+    nearest = quantize(model, data=again, rounding="nearest", plan=qm.plan, **same)  # pyright: ignore[reportArgumentType]
     name = qm.manifest.recipe["rounding"].partition(":")[0]
     runs = {"float": runner(model, _CPU), "nearest": runner(nearest.graph, _CPU)}
     return runs | ({} if name == "nearest" else {name: runner(qm.graph, _CPU)})
@@ -209,9 +212,16 @@ def _inspect(args: argparse.Namespace) -> int:
     model = load_model(args.model, args.arch, trust_pickle=args.trust_pickle)
     folded = fold_batch_norm(trace(model, args.input_shape))
     if args.plan is not None:
+        if args.layers:
+            raise SpecError(f"a plan and {args.layers[0]} given; a plan says every width already")
         plan = read_plan(args.plan)
         plan.check(folded)
     else:
+        if args.bits.startswith("auto"):
+            raise SpecError(
+                f"{args.bits} takes images to choose by; make the plan with 'ptq sensitivity --bits {args.bits} -o plan.json', "
+                "and inspect it with --plan plan.json"
+            )
         overrides = tuple(Override.parse(text) for text in args.layers)
         rules = PlanRules(args.edges, args.adds, args.weights, args.activations, overrides)
         plan = make_plan(folded, BitConfig.parse(args.bits), rules)

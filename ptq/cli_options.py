@@ -134,11 +134,9 @@ def _model_options(p: argparse.ArgumentParser) -> None:
         help="widths of the layers that match, 'layer3.*=w8a8', fc=w8, conv1=a8; may be repeated, the last match counts",
     )  # fmt: skip
     p.add_argument(
-        "--skip",
-        action="append",
-        metavar="LAYER",
+        "--skip", dest="layers", action="append", metavar="LAYER", type=lambda name: f"{name}=float",
         help="layers that stay float; * and ? as in file names; may be repeated",
-    )
+    )  # fmt: skip
     p.add_argument(
         "--plan", type=Path, metavar="FILE", help="every width from the plan.json of an earlier run, in place of --bits"
     )

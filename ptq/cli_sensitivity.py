@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from ptq.artifact import write_plan
-from ptq.cli_images import common, sized
+from ptq.cli_images import common, further, sized
 from ptq.errors import SpecError
 from ptq.loading import load_model
 from ptq.mixed_precision import BitSensitivity, bit_sensitivity
@@ -29,12 +29,13 @@ def run_sensitivity(args: argparse.Namespace) -> int:
         raise SpecError("a plan takes both a budget and a file to write, as in --bits auto:size=300KB,a4 -o plan.json")
     if args.output is not None and args.output.exists() and not args.force:
         raise SpecError(f"{args.output} exists; name another file or overwrite it with --force")
-    args.count = args.count or 256
+    if args.output is not None and not args.output.absolute().parent.is_dir():
+        raise SpecError(f"{args.output} cannot be written: there is no folder {args.output.absolute().parent}")
     model = load_model(args.model, args.arch, trust_pickle=args.trust_pickle)
     with shown(args.quiet or args.json, Console(stderr=True)) as feedback:
         found = bit_sensitivity(
-            model, sized(args.data or "auto", args), widths=args.widths, count=args.count, budget=args.bits,
-            ranges=args.ranges, edges=args.edges, feedback=feedback, **options,
+            model, sized(args.data or "auto", args), teachers=further(args), widths=args.widths,
+            count=args.count or 256, budget=args.bits, ranges=args.ranges, edges=args.edges, feedback=feedback, **options,
         )  # fmt: skip
     if found.plan is not None and args.output is not None:
         write_plan(found.plan, args.output)

@@ -243,7 +243,7 @@ class Finisher(Protocol):
         """The hardened student, tuned or, where that does not help, as it was; and figures for the manifest.
 
         Args:
-            reference: the float network, same value names. student: hardened; it is not changed.
+            reference: the folded float network, same value names. student: hardened; it is not changed.
             images: calibration images [N, C, H, W], in host memory. judges: those held back; there may be none.
         """
         ...

@@ -4,7 +4,7 @@
     Σ_ba x_lba = 1,    Σ_b x_lba = y_g(l),a,    Σ x_lba · size_l(b)  or  Σ x_lba · MACs_l · b · a  ≤  budget
 
 x_lba: layer l has weights of b bits and reads activations of a bits; y_ga: the values of group g, which share a grid, have a
-bits. c: noise at the network's output (`ptq.sensitivity`). Exact, by HiGHS (`scipy.optimize.milp`).
+bits. c: noise at the network's output (`ptq.sensitivity`). Solved by HiGHS (`scipy.optimize.milp`), to a gap of 1 in 10,000.
 """
 
 import copy
@@ -21,9 +21,10 @@ from torch import Tensor, fx, nn
 
 from ptq.contracts import Feedback
 from ptq.errors import SpecError
+from ptq.graph.blocks import input_value_node
 from ptq.graph.fold_bn import fold_batch_norm
 from ptq.graph.ops import weighted_nodes
-from ptq.graph.plan import QuantPlan, make_plan
+from ptq.graph.plan import QuantPlan, make_plan, merged_clamp
 from ptq.quant.ranges import Estimator, estimators
 from ptq.run import start_run
 from ptq.sensitivity import WIDTHS, Cost, activation_costs, noise_of, weight_costs
@@ -102,6 +103,8 @@ def choose_widths(
     if least > budget.amount:
         unit = "bit operations" if bops else "bytes"
         raise SpecError(f"a budget of {budget.amount:.0f} {unit} cannot be met; the narrowest widths need {least:.0f}")
+    if not free:
+        return ()
     rows: list[dict[int, float]] = [{column[o]: 1.0 for o in options if o[0] == p} for p in free]
     ends = [1.0] * len(rows)
     for p in free:
@@ -114,7 +117,7 @@ def choose_widths(
     )
     scale = max(budget.amount, 1.0)
     solved = milp(
-        cost / cost.max(), integrality=np.ones(len(cost)), bounds=Bounds(0, 1),
+        cost / max(sum(min(row.values()) for row in weights.values()), 1e-12), integrality=np.ones(len(cost)), bounds=Bounds(0, 1),
         constraints=[
             LinearConstraint(matrix.tocsc(), np.array(ends), np.array(ends)),  # pyright: ignore[reportArgumentType]
             LinearConstraint(prices[None] / scale, -np.inf, (budget.amount - spent) / scale),
@@ -140,21 +143,21 @@ def plan_within(
     """
     costs = measure(
         folded, make_plan(folded, BitConfig(8, 8), rules), images, estimator, widths=WIDTHS, seed=seed, device=device,
-        feedback=feedback, asymmetric_below=rules.asymmetric_below, acts=budget.kind == "bops", blocks=False,
+        feedback=feedback, rules=rules, acts=budget.kind == "bops", blocks=False,
     )  # fmt: skip
     return plan_by(folded, budget, rules, costs)
 
 
 def measure(
     folded: fx.GraphModule, plan: QuantPlan, images: Tensor, estimator: Estimator,
-    *, widths: Sequence[int], seed: int, device: torch.device, feedback: Feedback, asymmetric_below: int,
+    *, widths: Sequence[int], seed: int, device: torch.device, feedback: Feedback, rules: PlanRules,
     acts: bool, blocks: bool,
 ) -> list[Cost]:  # fmt: skip
     """What each width costs, of weights and, with `acts`, of activations; with `blocks`, of the weights of whole blocks too."""
     on_device = copy.deepcopy(folded).to(device)
     costs = weight_costs(
         on_device, plan, images, estimator,
-        widths=widths, asymmetric_below=asymmetric_below, device=device, feedback=feedback, blocks=blocks,
+        widths=widths, rules=rules, device=device, feedback=feedback, blocks=blocks,
     )  # fmt: skip
     if acts:
         costs += activation_costs(
@@ -166,12 +169,49 @@ def measure(
 def plan_by(folded: fx.GraphModule, budget: Budget, rules: PlanRules, costs: Sequence[Cost]) -> QuantPlan:
     """The plan that meets a budget at the least sum of measured costs; see `plan_within`."""
     wide = BitConfig(8, budget.act)
-    plan, layers = make_plan(folded, wide, rules), weighted_nodes(folded)
+    plan = make_plan(folded, wide, rules)
+    weights, acts = noise_of(costs, "weight"), {}
+    if budget.kind == "bops":
+        kept = _settled_groups(folded, plan, rules)
+        acts = {group: row for group, row in noise_of(costs, "activation").items() if group not in kept}
+    chosen = choose_widths(folded, plan, fixed_layers(folded, plan, rules), weights, acts, budget)
+    plan = make_plan(folded, wide, replace(rules, overrides=(*chosen, *rules.overrides)))
+    spent = bit_operations(folded, plan) if budget.kind == "bops" else weight_bytes(folded, plan)
+    if spent > budget.amount * (1 + 1e-6):
+        raise SpecError(
+            f"{budget} cannot be met beside the widths that were set: these need {spent:.0f}; raise the one or the other"
+        )
+    return plan
+
+
+def fixed_layers(folded: fx.GraphModule, plan: QuantPlan, rules: PlanRules) -> list[str]:
+    """Layers whose weights' width is not free: first and last where the rules say so, and what overrides set."""
+    layers = weighted_nodes(folded)
     fixed = [str(layers[0].target), str(layers[-1].target)] if rules.edges != "all" else []
-    fixed += [path for path in plan.weights if any(o.matches(path) and o.weight is not None for o in rules.overrides)]
-    acts = noise_of(costs, "activation") if budget.kind == "bops" else {}
-    chosen = choose_widths(folded, plan, fixed, noise_of(costs, "weight"), acts, budget)
-    return make_plan(folded, wide, replace(rules, overrides=(*chosen, *rules.overrides)))
+    return fixed + [path for path in plan.weights if any(o.matches(path) and o.weight for o in rules.overrides)]
+
+
+def _settled_groups(folded: fx.GraphModule, plan: QuantPlan, rules: PlanRules) -> set[str]:
+    """Groups of values whose width is not free: those that an override sets, and the edges'."""
+    layers, inputs = weighted_nodes(folded), _inputs(folded)
+    values = {inputs[path] for path in inputs if any(o.matches(path) and o.act for o in rules.overrides)}
+    if rules.edges != "all":
+        values.add(inputs[str(layers[-1].target)])
+    if rules.edges == "brecq":
+        values.add((merged_clamp(folded, layers[0]) or layers[0]).meta["value"])
+    return {plan.group(v) for v in values if v in plan.values}
+
+
+def check_budget(folded: fx.GraphModule, budget: Budget, rules: PlanRules) -> None:
+    """Raises SpecError if not even the narrowest widths meet the budget; takes no images."""
+    plan = make_plan(folded, BitConfig(8, budget.act), rules)
+    fixed = fixed_layers(folded, plan, rules)
+    settled = _settled_groups(folded, plan, rules)
+    groups = {plan.group(v) for v in _inputs(folded).values() if v in plan.values} - settled
+    groups.discard(plan.group(input_value_node(folded).meta["value"]) if plan.values else "")
+    any_width: dict[int, float] = dict.fromkeys(WIDTHS, 1.0)
+    acts: Costs = dict.fromkeys(groups, any_width) if budget.kind == "bops" else {}
+    choose_widths(folded, plan, fixed, dict.fromkeys(plan.weights, any_width), acts, budget)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +230,7 @@ def bit_sensitivity(
     data: Data = "auto",
     *,
     input_shape: tuple[int, int, int],
+    teachers: Sequence[nn.Module] = (),
     widths: Sequence[int] = (2, 3, 4, 6, 8),
     count: int = 256,
     budget: str | Budget | None = None,
@@ -207,7 +248,7 @@ def bit_sensitivity(
 
     Args:
         widths: bits to try, of weights and of the tensors that enter a weighted layer. count: images to judge by, at most.
-        budget: "auto:size=1.2MB,a4" or "auto:bops=2.5G": also the plan that meets it, of all widths from 2 to 8.
+        budget: "auto:size=1.2MB,a4" or "auto:bops=2.5G": also the plan that meets it, of 2, 3, 4, 5, 6 and 8 bits.
 
     Raises:
         SpecError, PluginError, ModelError, CalibrationError: a bad argument, a network that cannot be served, or a budget that
@@ -218,14 +259,16 @@ def bit_sensitivity(
     rules, estimate = PlanRules(edges), estimators(ranges)[0]
     wanted = Budget.parse(budget) if isinstance(budget, str) else budget
     source, run = build_source(data, effort), start_run(input_shape, device, seed, mean, std, feedback, cache)
-    networks = trace_all(model, (), run)
+    networks = trace_all(model, teachers, run)
     folded = fold_batch_norm(networks[0])
     plan = make_plan(folded, BitConfig(8, 8), rules)
+    if wanted is not None:
+        check_budget(folded, wanted, rules)
     images = gather(settle_source(source, networks, run, effort), networks, run)[:count]
     tried = sorted({*widths, *(WIDTHS if wanted else ())})
     costs = measure(
         folded, plan, images, estimate, widths=tried, seed=seed, device=run.device, feedback=run.feedback,
-        asymmetric_below=rules.asymmetric_below, acts=True, blocks=True,
+        rules=rules, acts=True, blocks=True,
     )  # fmt: skip
     shown = tuple(cost for cost in costs if cost.bits in widths)
     if wanted is None:

@@ -21,7 +21,7 @@ from ptq.graph.insert import insert_fake_quant
 from ptq.graph.observe import weight_params
 from ptq.graph.ops import input_node
 from ptq.graph.plan import QuantPlan, make_plan
-from ptq.mixed_precision import plan_within
+from ptq.mixed_precision import check_budget, plan_within
 from ptq.quant.ranges import estimators
 from ptq.reconstruct._loop import reconstruct_blocks
 from ptq.reconstruct._repair import mend
@@ -96,53 +96,51 @@ def quantize(
             work is spent, or a network that cannot be served; the message says what to do.
     """
     rules = PlanRules(edges, adds, weights, activations, tuple(map(_override, layers)))
-    wanted, estimates, mends = (
-        read_bits(bits),
-        estimators(ranges),
-        Repair.parse(repair) if isinstance(repair, str) else repair,
-    )
+    if plan is not None and rules.overrides:
+        raise SpecError(f"a plan and {rules.overrides[0]} given; a plan says every width already")
+    wanted = None if plan is not None else read_bits(bits)
+    estimates, mends = estimators(ranges), Repair.parse(repair) if isinstance(repair, str) else repair
     images_from, (method, finisher, exporter) = build_source(data, effort), _plugins(rounding, finish, target, effort)
-    memory = None if cache_memory is None else int(cache_memory * 1e9)
-    run = start_run(input_shape, device, seed, mean, std, feedback, cache)
+    memory, run = _bytes(cache_memory), start_run(input_shape, device, seed, mean, std, feedback, cache)
     common: dict[str, Any] = {"device": run.device, "feedback": replace(run.feedback, note=run.note)}
     networks, folded = run.timed("trace", _prepare, model, teachers, run, mends)
     teacher, planned = networks[0], _planned(folded, wanted, rules, plan)
     if exporter is not None:
         exporter.check(folded, planned)
     images_from = settle_source(images_from, networks, run, effort)
+    method, finisher = _suited(method, finisher, images_from, mends, wanted, run)
     images = run.timed("calibration images", gather, images_from, networks, run)
     metrics: dict[str, Any] = {"fold_error": _check_fold(teacher, folded, images, run)}
-    reference, folded = _equalized(teacher, folded, images, images_from, mends, run)
-    if isinstance(wanted, Budget) and plan is None:
+    reference, folded, expected = _equalized(teacher, folded, images, mends, run)
+    if isinstance(wanted, Budget):
         planned = run.timed(
             "bit widths", plan_within, folded, wanted, rules, images[:256], estimates[0], seed=seed, **common
         )
+        if exporter is not None:
+            exporter.check(folded, planned)
     acts = run.timed("ranges", activation_ranges, reference, folded, planned, images, estimates, images_from, run)
-    student = insert_fake_quant(folded, planned, acts, weight_params(folded, planned, estimates[0], acts)).to(
-        run.device
-    )
-    method, finisher = _suited(method, finisher, images_from, run)
+    grids = weight_params(folded, planned, estimates[0], acts)
+    student, folded = insert_fake_quant(folded, planned, acts, grids).to(run.device), folded.to(run.device)
     seen, held = (images, images[:0]) if finisher is None else hold_back(images, finisher.held_out, seed)
     graph, blocks = run.timed(
         "reconstruction", reconstruct_blocks, reference, student, seen, method, seed=seed, memory=memory, **common
     )
     if mends.bias != "none":
-        expected = expected_means(teacher)
-        floats_only = folded.to(run.device)
-        graph = run.timed("repair", mend, floats_only, graph, images, mends, expected, memory=memory, **common)
+        graph = run.timed("repair", mend, folded, graph, seen, mends, expected, memory=memory, **common)
     if finisher is not None:
-        graph, figures = run.timed("joint pass", finisher.finish, reference, graph, seen, held, seed=seed, **common)
+        graph, figures = run.timed("joint pass", finisher.finish, folded, graph, seen, held, seed=seed, **common)
         metrics |= figures
     metrics |= run.timed("comparison", _compare, teacher, student, graph, images, run)
+    asked = "plan" if wanted is None else str(wanted)
     recipe = {
-        "bits": str(wanted), "data": _describe(images_from), "rounding": plugins.describe(method), "ranges": ranges,
+        "bits": asked, "data": _describe(images_from), "rounding": plugins.describe(method), "ranges": ranges,
         "edges": edges, "adds": adds, "weights": weights, "activations": activations,
         "layers": [str(o) for o in rules.overrides], "repair": str(mends),
         "finish": None if finisher is None else plugins.describe(finisher),
         "seed": seed, "device": str(device), "further_teachers": len(teachers),
     }  # fmt: skip
     manifest = Manifest(
-        source, run.shape, floats(run.mean), floats(run.std), str(wanted), recipe, versions(), value_ranges(graph),
+        source, run.shape, floats(run.mean), floats(run.std), asked, recipe, versions(), value_ranges(graph),
         [{**asdict(b), "layers": list(b.layers)} for b in blocks], metrics, run.seconds, run.notes,
     )  # fmt: skip
     return QuantizedModel(graph.to("cpu"), planned, manifest, images)
@@ -184,31 +182,42 @@ def _prepare(
     return networks, folded if mends.bias == "none" else give_biases(folded)
 
 
+def _bytes(gigabytes: float | None) -> int | None:
+    if gigabytes is None:
+        return None
+    if not 0 <= gigabytes < 1e9:  # NaN too
+        raise SpecError(f"cache memory of {gigabytes} GB asked for; give gigabytes, 0 or more")
+    return int(gigabytes * 1e9)
+
+
 def _planned(
-    folded: fx.GraphModule, wanted: BitConfig | Budget, rules: PlanRules, given: QuantPlan | str | Path | None
+    folded: fx.GraphModule, wanted: BitConfig | Budget | None, rules: PlanRules, given: QuantPlan | str | Path | None
 ) -> QuantPlan:
     """The plan: as given, or by the rules. Of a budget, with all widths at 8 bits until there are images to choose by."""
-    if given is None:
-        return make_plan(folded, BitConfig(8, wanted.act) if isinstance(wanted, Budget) else wanted, rules)
+    if isinstance(wanted, Budget):
+        check_budget(folded, wanted, rules)
+        return make_plan(folded, BitConfig(8, wanted.act), rules)
+    if wanted is not None:
+        return make_plan(folded, wanted, rules)
+    assert given is not None
     plan = given if isinstance(given, QuantPlan) else read_plan(Path(given))
     plan.check(folded)
     return plan
 
 
 def _equalized(
-    teacher: fx.GraphModule, folded: fx.GraphModule, images: Tensor, images_from: Any, mends: Repair, run: Run
-) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """The float network that blocks are fitted to, and its folded form: the teacher's own, or equalized ones."""
+    teacher: fx.GraphModule, folded: fx.GraphModule, images: Tensor, mends: Repair, run: Run
+) -> tuple[fx.GraphModule, fx.GraphModule, dict[str, Tensor]]:
+    """The float network that blocks are fitted to, its folded form, and the means that BatchNorm tells of its values."""
+    expected = expected_means(teacher) if mends.bias == "analytic" else {}
     if not mends.equalize:
-        return teacher, folded
-    if getattr(images_from, "teacher_bn", "running") == "batch":
-        raise SpecError("equalize needs the network's own statistics; these images are for those of the batch")
-    equal, pairs = equalize(folded.to(run.device), images[:512].split(64), run.device)
-    if not pairs:
+        return teacher, folded, expected
+    equal, factors = equalize(folded.to(run.device), images[:512].split(64), run.device)
+    if not factors:
         run.note("no two neighbouring layers can be equalized: nothing to do")
     if not (error := fold_error(teacher, equal, images[:64].to(run.device))) < _EQUAL_TOLERANCE:
         run.note(f"equalization changed the outputs by {error:.1e} of their largest")
-    return equal, equal
+    return equal, equal, {v: m / factors[v].cpu() if v in factors else m for v, m in expected.items()}
 
 
 def _check_fold(teacher: fx.GraphModule, folded: fx.GraphModule, images: Tensor, run: Run) -> float:
@@ -221,13 +230,23 @@ def _check_fold(teacher: fx.GraphModule, folded: fx.GraphModule, images: Tensor,
 
 
 def _suited(
-    method: Reconstructor, finisher: Finisher | None, images_from: Any, run: Run
+    method: Reconstructor, finisher: Finisher | None, images_from: Any, mends: Repair, wanted: Any, run: Run
 ) -> tuple[Reconstructor, Finisher | None]:
-    """Rounding and joint pass, or nearest and none where the images do not suit the network's own statistics."""
-    if getattr(images_from, "teacher_bn", "running") == "running" or not (method.steps or finisher):
+    """Rounding and joint pass, or nearest and none where the images do not suit the network's own statistics.
+
+    Raises:
+        SpecError: they do not, and more is asked for that would look at them.
+    """
+    if getattr(images_from, "teacher_bn", "running") == "running":
         return method, finisher
-    run.note("images for BatchNorms on batch statistics give ranges only; rounding is to nearest")
-    return plugins.build("reconstructors", "nearest"), None
+    if mends.equalize or mends.bias == "images" or isinstance(wanted, Budget):
+        what = f"repair {mends}" if str(mends) != "none" else str(wanted)
+        raise SpecError(
+            f"{what} looks at the network's own statistics; these images are for those of the batch; take other images"
+        )
+    if method.steps or finisher:
+        run.note("images for BatchNorms on batch statistics give ranges only; rounding is to nearest")
+    return (plugins.build("reconstructors", "nearest") if method.steps else method), None
 
 
 def _compare(

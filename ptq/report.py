@@ -108,7 +108,7 @@ def run_sections(
 
 
 def _widths(qm: QuantizedModel, layers: Sequence[str]) -> str:
-    widths = [f"w{qm.plan.weights[p].bits}" for p in layers]
+    widths = [f"w{qm.plan.weights[p].bits}" if p in qm.plan.weights else "float" for p in layers]
     return ", ".join(f"{widths.count(w)}×{w}" for w in dict.fromkeys(widths))
 
 

@@ -22,7 +22,7 @@ from ptq.graph.ops import input_node, output_node, value, weighted_nodes
 from ptq.graph.plan import QuantPlan
 from ptq.quant.affine import fake_quantize
 from ptq.quant.ranges import Estimator
-from ptq.spec import QuantSpec
+from ptq.spec import PlanRules
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 _BATCH = 64
@@ -47,13 +47,13 @@ class Cost:
 
 def weight_costs(
     folded: fx.GraphModule, plan: QuantPlan, images: Tensor, estimator: Estimator,
-    *, widths: Sequence[int], asymmetric_below: int, device: torch.device, feedback: Feedback, blocks: bool = True,
+    *, widths: Sequence[int], rules: PlanRules, device: torch.device, feedback: Feedback, blocks: bool = True,
 ) -> list[Cost]:  # fmt: skip
     """The cost of each width for every planned layer's weights, and for all weights of each block.
 
     Args:
         folded: the float network on `device`. images: calibration images [N, C, H, W], in host memory.
-        asymmetric_below: narrower weights have a zero point per channel.
+        rules: which widths have a zero point per channel.
     """
     gm = copy.deepcopy(folded)
     result, found = output_node(gm).meta["value"], []
@@ -72,7 +72,7 @@ def weight_costs(
             done += 1
             feedback.progress("sensitivity", done, total)
             if layers:
-                with _rounded(gm, layers, plan, bits, asymmetric_below, estimator):
+                with _rounded(gm, layers, plan, bits, rules, estimator):
                     out = _run(rest, inputs, device)
                 place = layers[0] if kind == "weight" else block.name
                 found.append(Cost(place, kind, bits, sqnr_db(wanted, out), agreement(wanted, out)))
@@ -96,7 +96,7 @@ def _values(
         source = input_node(gm).meta["value"]
         with torch.no_grad():
             parts = [[v.cpu() for v in extract(gm, (source,), missing)(x.to(device))] for x in images.split(_BATCH)]
-        for name in [name for name in values if name != source][:-4]:
+        for name in [name for name in values if name != source and name not in names][:-4]:
             del values[name]
         values |= {name: torch.cat(part) for name, part in zip(missing, zip(*parts))}
     return [values[name] for name in names]
@@ -111,25 +111,20 @@ def _run(part: fx.GraphModule, inputs: list[Tensor], device: torch.device) -> Te
 
 @contextmanager
 def _rounded(
-    gm: fx.GraphModule, paths: Sequence[str], plan: QuantPlan, bits: int, asymmetric_below: int, estimator: Estimator
+    gm: fx.GraphModule, paths: Sequence[str], plan: QuantPlan, bits: int, rules: PlanRules, estimator: Estimator
 ) -> Iterator[None]:
     """Weights of some layers at nearest rounding, while the context is open."""
     weights: list[nn.Parameter] = [gm.get_submodule(path).weight for path in paths]  # type: ignore[misc]
     kept = [weight.data for weight in weights]
     try:
         for path, weight in zip(paths, weights):
-            spec = width_spec(plan.weights[path], bits, asymmetric_below)
+            spec = replace(plan.weights[path], bits=bits, symmetric=rules.symmetric(bits))
             with torch.no_grad():
                 weight.data = fake_quantize(weight.data, estimator(weight.data, spec, None))
         yield
     finally:
         for weight, data in zip(weights, kept):
             weight.data = data
-
-
-def width_spec(spec: QuantSpec, bits: int, asymmetric_below: int) -> QuantSpec:
-    """A weight's grid at another width."""
-    return replace(spec, bits=bits, symmetric=bits >= asymmetric_below)
 
 
 def activation_costs(

@@ -170,6 +170,10 @@ class PlanRules:
         if not 2 <= self.adds <= 8:
             raise SpecError(f"{self.adds} bits asked for tensors that feed additions; widths are 2 to 8 bits")
 
+    def symmetric(self, bits: int) -> bool:
+        """Whether weights of that width have no zero point."""
+        return bits >= self.asymmetric_below if self.weights == "auto" else self.weights == "symmetric"
+
 
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _BUDGET = re.compile(r"auto:(size|bops)=([0-9.]+)\s*([kmgt]?)(b?)(?:,a(\d+))?", re.IGNORECASE)
@@ -228,6 +232,13 @@ class Repair:
     equalize: bool = False
     bias: str = "none"
     statistics: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bias not in ("none", "images", "analytic") or (self.statistics and self.bias != "images"):
+            raise SpecError(
+                f"bias={self.bias!r}, statistics={self.statistics} given; bias is none, images or analytic, "
+                "and statistics goes with images"
+            )
 
     @classmethod
     def parse(cls, text: str) -> "Repair":

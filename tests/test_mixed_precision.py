@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 import ptq
 from ptq.cli import main
@@ -117,5 +118,65 @@ def test_command_writes_a_plan_that_quantize_takes(tmp_path, capsys):
     assert main(["quantize", *network, "--plan", str(plan), *quick]) == 0
     assert json.loads((out / "plan.json").read_text()) == json.loads(plan.read_text())
     assert ptq.load(out).plan.to_json() == json.loads(plan.read_text())
+    again = tmp_path / "again"  # a recipe repeats a plan too
+    recipe = ["--recipe", str(out / "manifest.json"), "--effort", "quick", "--quiet", "-o", str(again)]
+    assert main(["quantize", *network[:-2], *recipe]) == 0
+    assert (again / "tensors.safetensors").read_bytes() == (out / "tensors.safetensors").read_bytes()
+    assert main(["quantize", *network, "--plan", str(plan), "--set", "fc=w4", *quick[:-1], str(tmp_path / "none")]) == 2
+    assert "a plan says every width" in capsys.readouterr().err
+    skipped = tmp_path / "skipped"
+    given = ["--skip", "layers.*", "--set", "layers.0.conv2=w8", *quick[:-1], str(skipped)]
+    assert main(["quantize", *network, *given]) == 0
+    assert set(ptq.load(skipped).plan.weights) == {"conv1", "layers.0.conv2", "fc"}
+    assert "float" in (skipped / "report.md").read_text()
+    assert main(["inspect", *network[:5], "--bits", "auto:size=4KB"]) == 2
+    assert "ptq sensitivity" in capsys.readouterr().err
     other = [str(tmp_path / "m.pt"), "--arch", "tests.zoo:Residual", "--input-shape", "3,16,16", "--skip", "nothing.*"]
     assert main(["inspect", *other]) == 2 and "layers.0.conv1" in capsys.readouterr().err
+
+
+class _Excited(nn.Module):
+    """A squeeze-excite inside a residual block: five values live across one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.expand, self.depth = (
+            nn.Conv2d(3, 4, 1),
+            nn.Conv2d(4, 8, 1),
+            nn.Conv2d(8, 8, 3, padding=1, groups=8),
+        )
+        self.reduce, self.gate, self.project = nn.Conv2d(8, 2, 1), nn.Conv2d(2, 8, 1), nn.Conv2d(8, 4, 1)
+        self.fc = nn.Linear(4, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x).relu()
+        e = self.expand(x).relu()
+        d = self.depth(e).relu()
+        g = torch.sigmoid(self.gate(self.reduce(d.mean(dim=(2, 3), keepdim=True)).relu()))
+        return self.fc((x + self.project(d * g)).mean(dim=(2, 3)))
+
+
+def test_values_that_live_long_are_kept():
+    net = _Excited()
+    found = ptq.bit_sensitivity(net, images(), input_shape=SHAPE, widths=(4,), budget="auto:size=200B,a8")
+    assert {c.place for c in found.costs if c.kind == "weight"} == {
+        n for n, m in net.named_modules() if hasattr(m, "weight")
+    }
+    assert found.plan is not None and found.bytes <= 200
+
+
+def test_what_was_set_counts_against_the_budget():
+    gm = prepare("residual").folded
+    common = {"seed": 0, "device": _CPU, "feedback": Feedback()}
+    least = bit_operations(gm, make_plan(gm, BitConfig(2, 2), PlanRules()))
+    rules = PlanRules(overrides=(Override("layers.*", act=8),))
+    plan = plan_within(gm, Budget("bops", 3.2 * least), rules, images(), lp, **common)
+    assert bit_operations(gm, plan) <= 3.2 * least
+    first_output = next(v for v in plan.values if v != "x")
+    assert plan.values[first_output].bits == 8  # the edges' rule holds
+    with pytest.raises(SpecError, match="cannot be met"):
+        plan_within(gm, Budget("bops", 1.01 * least), rules, images(), lp, **common)
+    every = PlanRules(overrides=(Override("*", weight=4),))
+    assert {
+        s.bits for s in plan_within(gm, Budget("size", 1e6, 4), every, images(), lp, **common).weights.values()
+    } == {4}

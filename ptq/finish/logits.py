@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ptq.contracts import Feedback, Presets, make_rng
+from ptq.errors import SpecError
 from ptq.graph.blocks import extract, input_value_node, split
 from ptq.graph.insert import quantizer_of
 from ptq.graph.ops import input_node, output_node, weighted_nodes
@@ -35,6 +36,8 @@ from ptq.quant.fake_quant import (
 )
 
 __all__ = ["Logits"]
+
+_LEAST_GAIN = 1e-2  # of a weight scale
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,10 @@ class Logits:
     held_out: float = 0.125
 
     presets: ClassVar[Presets] = {"quick": {"steps": 150}, "standard": {"steps": 300}}
+
+    def __post_init__(self) -> None:
+        if not 0 < self.held_out < 1:
+            raise SpecError(f"held_out={self.held_out} given; it is a share of the images, above 0 and below 1")
 
     def finish(
         self, reference: fx.GraphModule, student: fx.GraphModule, images: Tensor, judges: Tensor,
@@ -137,7 +144,7 @@ class Logits:
             original: Tensor = reference.get_submodule(str(node.target)).weight  # type: ignore[assignment]
             grid = _Undecided(*held, original.detach())
             swap(layer, "weight", grid)
-            train(grid.scale, self.lr_weight)
+            train(grid.gain, self.lr_weight)
             if self.lr_round > 0:
                 grid.v.requires_grad_(True)
                 groups.append({"params": [grid.v], "lr": self.lr_round})
@@ -162,7 +169,9 @@ class _Undecided(nn.Module):
     def __init__(self, codes: Tensor, q: QParams, weight: Tensor) -> None:
         super().__init__()
         self.spec = q.spec
-        self.scale = nn.Parameter(q.scale.detach().clone(), requires_grad=False)
+        self.register_buffer("first_scale", q.scale.detach().clone())
+        # Of its first value, per channel: Adam's steps have one size, and one that suits ordinary channels is none for tiny ones.
+        self.gain = nn.Parameter(torch.ones_like(q.scale), requires_grad=False)
         self.register_buffer("zero_point", q.zero_point.clone())
         s = along_axis(q.scale.detach(), weight.ndim, q.spec.axis)
         z = along_axis(q.zero_point, weight.ndim, q.spec.axis)
@@ -171,6 +180,11 @@ class _Undecided(nn.Module):
         self.register_buffer("z", z.float())
         self.register_buffer("step", other - codes)
         self.v = nn.Parameter(torch.full_like(weight, -2.0), requires_grad=False)
+
+    @property
+    def scale(self) -> Tensor:
+        """The scale as it stands, one per channel."""
+        return self.first_scale * self.gain.clamp_min(_LEAST_GAIN)  # type: ignore[operator]
 
     def decided(self, codes: Tensor) -> Tensor:
         """Codes as they stand."""
@@ -197,11 +211,14 @@ def _settle(student: fx.GraphModule) -> None:
         if not isinstance(grid, _Undecided):
             continue
         codes: Tensor = layer.parametrizations["weight"].original  # type: ignore[index, union-attr, assignment]
-        q = QParams(grid.scale.detach().abs().clone(), grid.zero_point, grid.spec)  # type: ignore[arg-type]
+        q = QParams(grid.scale.detach().clone(), grid.zero_point, grid.spec)  # type: ignore[arg-type]
         store_integer(layer, "weight", grid.decided(codes.detach()), q)
         source = quantizer_of(student, node.all_input_nodes[0].meta["value"])
         if source is not None:
             store_integer_bias(layer, source.scale.detach(), q.scale)
+    student.requires_grad_(False)
+    for parameter in student.parameters():
+        parameter.grad = None
 
 
 def _output_loss(found: Tensor, wanted: Tensor, logits: float) -> Tensor:

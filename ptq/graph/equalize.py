@@ -32,11 +32,14 @@ class _Pair:
     first: nn.Module
     second: nn.Module
     name: str  # of the first layer's node
+    values: tuple[str, ...]  # between both, whose channels are scaled
     cut: bool  # a ReLU6 lies between
 
 
-def equalize(gm: fx.GraphModule, batches: Iterable[Tensor], device: torch.device) -> tuple[fx.GraphModule, int]:
-    """A copy of a folded network with neighbouring layers equalized, and how many pairs there were.
+def equalize(
+    gm: fx.GraphModule, batches: Iterable[Tensor], device: torch.device
+) -> tuple[fx.GraphModule, dict[str, Tensor]]:
+    """A copy of a folded network with neighbouring layers equalized; value name → what its channels were divided by, [C].
 
     Args:
         gm: the folded network, on `device`. batches: calibration images [B, C, H, W] each, which tell what reaches 6.
@@ -44,28 +47,35 @@ def equalize(gm: fx.GraphModule, batches: Iterable[Tensor], device: torch.device
     with rewrite(gm) as out:
         pairs = _pairs(out)
         reach = _reach(out, {p.name for p in pairs if p.cut}, batches, device)
+        factors: dict[str, Tensor] = {}
         for _ in range(_SWEEPS):
-            moved = [_equalize(p, reach.get(p.name)) for p in pairs]
-            if max(moved, default=0.0) < _CONVERGED:
+            moved = 0.0
+            for pair in pairs:
+                s = _equalize(pair, reach.get(pair.name))
+                moved = max(moved, float((s - 1).abs().max()))
+                for name in pair.values:
+                    factors[name] = factors.get(name, torch.ones_like(s)) * s
+            if moved < _CONVERGED:
                 break
-    return out, len(pairs)
+    return out, factors
 
 
 def _pairs(gm: fx.GraphModule) -> list[_Pair]:
     found = []
     for node in weighted_nodes(gm):
-        at, cut = node, False
+        at, cut, between = node, False, [node.meta["value"]]
         while len(at.users) == 1:
             at = next(iter(at.users))
             op = find_op(gm, at)
             if op is None or op.name not in _HOMOGENEOUS or _pads_channels(gm, at):
                 break
             cut = cut or op.name == "relu6"
+            between.append(at.meta["value"])
         op = find_op(gm, at)
         if at is not node and op is not None and op.role == "weighted":
             first, second = gm.get_submodule(str(node.target)), gm.get_submodule(str(at.target))
             if type(first) is type(second):  # a linear layer behind a flattened convolution mixes pixels and channels
-                found.append(_Pair(first, second, node.name, cut))
+                found.append(_Pair(first, second, node.name, tuple(between), cut))
     return found
 
 
@@ -102,8 +112,8 @@ def _reach(gm: fx.GraphModule, wanted: set[str], batches: Iterable[Tensor], devi
 
 
 @torch.no_grad()
-def _equalize(pair: _Pair, reach: Tensor | None) -> float:
-    """One step on one pair, in place; the largest relative change. `reach` [C] moves with the channels."""
+def _equalize(pair: _Pair, reach: Tensor | None) -> Tensor:
+    """One step on one pair, in place; the factors s [C]. `reach` [C] moves with the channels."""
     w1: Tensor = pair.first.weight  # type: ignore[assignment]
     r1, r2 = _per_output(w1), _per_input(pair.second)
     alive = (r1 > _DEAD * r1.max()) & (r2 > _DEAD * r2.max())
@@ -115,7 +125,7 @@ def _equalize(pair: _Pair, reach: Tensor | None) -> float:
     if pair.first.bias is not None:
         pair.first.bias.data /= s  # type: ignore[union-attr, operator]
     _scale_inputs(pair.second, s)
-    return float((s - 1).abs().max())
+    return s
 
 
 def _per_output(weight: Tensor) -> Tensor:

@@ -62,6 +62,10 @@ class IntegerLayer(nn.Module):
         self.register_buffer("source_scale", source.scale.detach().clone())
         self.register_buffer("scale", source.scale.detach() * q.scale.detach())
 
+    def by_channel(self, v: Tensor) -> Tensor:
+        """`v` [C], shaped to be multiplied with the accumulator: a convolution's channels are second, a linear layer's last."""
+        return v.reshape(-1, 1, 1) if isinstance(self.layer, nn.Conv2d) else v
+
     def forward(self, x: Tensor) -> Tensor:
         q = torch.round(x / self.source_scale).to(self.dtype)  # pyright: ignore[reportOperatorIssue]
         m = self.layer
@@ -77,24 +81,23 @@ class IntegerLayer(nn.Module):
 class Requantize(_Quantizer):
     """Accumulator → the output's grid: round(acc · M) + z, M = f32(s_x s_w / s_y) per output channel."""
 
-    def __init__(self, multiplier: Tensor, q: QParams, bounds: tuple[int, int]) -> None:
+    def __init__(self, layer: "IntegerLayer", q: QParams, bounds: tuple[int, int]) -> None:
         super().__init__(q, bounds)
-        self.register_buffer("multiplier", multiplier)
+        self.register_buffer("multiplier", layer.by_channel(layer.scale / q.scale.detach()))  # type: ignore[operator]
 
     def forward(self, total: Tensor) -> Tensor:
-        multiplier = self.multiplier if total.ndim == 2 else self.multiplier.reshape(-1, 1, 1)  # type: ignore[operator]
-        return self.finish(torch.round(total * multiplier) + self.q.zero_point)  # pyright: ignore[reportOperatorIssue]
+        return self.finish(torch.round(total * self.multiplier) + self.q.zero_point)  # pyright: ignore[reportOperatorIssue]
 
 
 class Rescale(nn.Module):
     """Accumulator → float result: acc · s_x s_w."""
 
-    def __init__(self, scale: Tensor) -> None:
+    def __init__(self, layer: IntegerLayer) -> None:
         super().__init__()
-        self.register_buffer("scale", scale)
+        self.register_buffer("scale", layer.by_channel(layer.scale))  # type: ignore[arg-type]
 
     def forward(self, total: Tensor) -> Tensor:
-        return total * (self.scale if total.ndim == 2 else self.scale.reshape(-1, 1, 1))  # type: ignore[operator]
+        return total * self.scale  # pyright: ignore[reportOperatorIssue]
 
 
 class IntegerAdd(_Quantizer):
@@ -176,7 +179,7 @@ def _replace_quantizer(gm: fx.GraphModule, node: fx.Node, student: fx.GraphModul
     if op.role == "weighted" and integer_codes(gm.get_submodule(str(producer.target)), "weight") is not None:
         layer = IntegerLayer(gm.get_submodule(str(producer.target)), sources[0])
         total = _insert(gm, node, layer, (producer.all_input_nodes[0],), "layer")
-        _become(gm, node, Requantize(layer.scale / q.scale.detach(), q, bounds), (total,))  # type: ignore[operator]
+        _become(gm, node, Requantize(layer, q, bounds), (total,))  # type: ignore[operator]
     elif producer.target is operator.add:
         operands = tuple(a for a in producer.args if isinstance(a, fx.Node))
         pair = sources if len(sources) == 2 else sources * 2
@@ -194,7 +197,7 @@ def _replace_quantizer(gm: fx.GraphModule, node: fx.Node, student: fx.GraphModul
 def _replace_result(gm: fx.GraphModule, node: fx.Node, source: QParams) -> None:
     layer = IntegerLayer(gm.get_submodule(str(node.target)), source)
     total = _insert(gm, node, layer, (node.all_input_nodes[0],), "layer")
-    _become(gm, node, Rescale(layer.scale), (total,))  # type: ignore[arg-type]
+    _become(gm, node, Rescale(layer), (total,))  # type: ignore[arg-type]
 
 
 def _insert(gm: fx.GraphModule, node: fx.Node, module: nn.Module, args: tuple[fx.Node, ...], name: str) -> fx.Node:

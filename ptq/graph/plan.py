@@ -75,6 +75,11 @@ def make_plan(gm: fx.GraphModule, bits: BitConfig, rules: PlanRules) -> QuantPla
         raise ModelError("every convolution and linear layer is skipped: nothing to quantize")
     weights = {str(n.target): _weight_spec(n, layers, chosen[n], bits, rules) for n in kept}
     if bits.act is None:
+        wide = [str(o) for o in rules.overrides if o.act is not None]
+        if wide:
+            raise SpecError(
+                f"{wide[0]} asked for, but {bits} leaves activations float; write w{bits.weight}a8, or leave out the a"
+            )
         return QuantPlan(weights, {})
     quantized = _without_skipped(gm, quantized_nodes(gm), set(kept), set(layers) - set(kept))
     groups = _tie(gm, quantized)
@@ -114,8 +119,7 @@ def _weight_spec(
 ) -> QuantSpec:
     edge = rules.edges != "all" and node in (layers[0], layers[-1])
     width = override.weight or (bits.edge if edge else bits.weight)
-    symmetric = width >= rules.asymmetric_below if rules.weights == "auto" else rules.weights == "symmetric"
-    return QuantSpec(width, signed=True, symmetric=symmetric, axis=0)
+    return QuantSpec(width, signed=True, symmetric=rules.symmetric(width), axis=0)
 
 
 def _without_skipped(

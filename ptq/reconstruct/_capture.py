@@ -1,6 +1,7 @@
 """What blocks see: the values of teacher and student at block borders, for all calibration images, in memory or on disk."""
 
 import math
+import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -53,6 +54,10 @@ class Space:
             self._made += 1
             with path.open("wb") as file:
                 file.truncate(size)
+                if hasattr(
+                    os, "posix_fallocate"
+                ):  # a full disk is found out here, not by a signal when the map is written
+                    os.posix_fallocate(file.fileno(), 0, max(size, 1))
             tensor = torch.from_file(str(path), shared=True, size=torch.Size(shape).numel(), dtype=dtype).view(shape)
         except (OSError, RuntimeError) as e:
             raise ReconstructionError(

@@ -39,7 +39,7 @@ class _Probed(fx.Interpreter):
 def fisher_weights(
     teacher: fx.GraphModule, block: Block, images: Tensor, rng: torch.Generator, device: torch.device, space: Space
 ) -> list[Tensor]:
-    """Per output of `block`, squared gradients `[N, …]` in `space`, of mean 1 each.
+    """Per output of `block`, squared gradients `[N, …]` in `space`, of mean 1 over all of them.
 
     Raises:
         ReconstructionError: the network's result is no set of class scores `[N, K, …]`, K > 1.
@@ -63,8 +63,9 @@ def fisher_weights(
             for whole, grad in zip(found, grads):
                 whole[at : at + len(x)].copy_(grad.square())
             at += len(x)
+    # One mean for all outputs of the block: they keep their balance.
+    mean = sum(float(w.sum(dtype=torch.float64)) for w in found) / sum(w.numel() for w in found)
     for weights in found:
-        mean = weights.mean()
         # A teacher that is certain of everything has no gradients: all elements then count alike.
-        _ = weights.div_(mean) if float(mean) > 0 else weights.fill_(1.0)
+        _ = weights.div_(mean) if mean > 0 else weights.fill_(1.0)
     return found

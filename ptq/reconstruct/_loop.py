@@ -101,6 +101,7 @@ def _blocks(
         student_values.store(block, outputs)
         teacher_values.forget(still_read)
         student_values.forget(still_read)
+        del job, outputs  # the next block's values would be made beside this one's
 
 
 def _quantized_input(

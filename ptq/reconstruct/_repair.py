@@ -40,7 +40,7 @@ class _Moments:
         self.handle = layer.register_forward_hook(self._see)
 
     def _see(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-        flat = out.detach().movedim(1, 0).flatten(1).double()
+        flat = out.detach().movedim(1 if isinstance(module, nn.Conv2d) else -1, 0).flatten(1).double()
         self.count += flat.shape[1]
         self.total = self.total.to(flat.device) + flat.sum(1)
         self.square = self.square.to(flat.device) + flat.square().sum(1)

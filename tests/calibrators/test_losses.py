@@ -1,11 +1,13 @@
 """Losses that images are fitted to, against their equations written out."""
 
+import copy
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from ptq.calibrators._losses import (
+    PastStatistics,
     inception,
     input_kl,
     kl_loss,
@@ -15,6 +17,7 @@ from ptq.calibrators._losses import (
     std_loss,
     variance_loss,
 )
+from torch import nn
 
 from ptq.errors import CalibrationError
 from ptq.graph.taps import gaussian_kl, tap_batch_norms
@@ -100,3 +103,28 @@ def test_inception_falls_with_the_target_logit():
     assert float(inception(logits, torch.tensor([0]), 4.0)) == pytest.approx(math.exp(-0.5))
     assert float(inception(logits + 1, torch.tensor([0]), 4.0)) < float(inception(logits, torch.tensor([0]), 4.0))
     assert F.cross_entropy(logits, torch.tensor([0])) > 0
+
+
+def test_past_statistics_are_blended_by_layer_and_restored():
+    """Three batches by hand; a copy of the network, and a state read back, go on with the same past."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2)).eval()
+    rng = torch.Generator().manual_seed(0)
+    batches = [torch.randn(8, 3, 6, 6, generator=rng) for _ in range(3)]
+    past, expected = PastStatistics([net], 0.9), None
+    for x in batches:
+        other = copy.deepcopy(net)
+        past.follow([other])
+        with tap_batch_norms([other]) as taps, torch.no_grad():
+            other(x)
+            found = [past.blend(tap) for tap in reversed(taps.seen)][::-1]  # the order of looking does not matter
+            now = [(tap.mean, tap.var) for tap in taps.seen]
+            expected = now if expected is None else [
+                (0.9 * pm + 0.1 * m, 0.9 * pv + 0.1 * v) for (pm, pv), (m, v) in zip(expected, now)
+            ]  # fmt: skip
+            for (m, v), (em, ev) in zip(found, expected):
+                torch.testing.assert_close(m, em)
+                torch.testing.assert_close(v, ev)
+            past.add(taps.seen)
+        again = PastStatistics([net], 0.9)
+        again.load_state_dict(past.state_dict())
+        past = again

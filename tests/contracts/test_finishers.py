@@ -8,6 +8,7 @@ import torch
 import ptq
 from ptq import plugins
 from ptq.contracts import Feedback, hold_back
+from ptq.errors import SpecError
 from ptq.finish.logits import Logits, _Undecided
 from ptq.quant.affine import QParams
 from ptq.quant.fake_quant import ActFakeQuant, Dequantize, weight_grid
@@ -26,13 +27,14 @@ def _hardened(name: str, bits: str = "w4a4"):
     student, _ = reconstruct_blocks(
         made.teacher, made.student, images(64), Nearest(), seed=0, device=_CPU, feedback=Feedback()
     )
-    return made.teacher, student
+    return made.folded, student
 
 
+@pytest.mark.parametrize("bits", ["w4a4", "w4"])
 @pytest.mark.parametrize("net", ["residual", "depthwise", "concat", "squeeze_excite"])
 @pytest.mark.parametrize("name", NAMES)
-def test_result_is_hardened_and_inputs_stay(name: str, net: str, tmp_path):
-    teacher, student = _hardened(net)
+def test_result_is_hardened_and_inputs_stay(name: str, net: str, bits: str, tmp_path):
+    teacher, student = _hardened(net, bits)
     before, finisher = fingerprint(student), plugins.load("finishers", name).smoke(tmp_path)
     seen, held = hold_back(images(64), finisher.held_out, 0)
     again = [finisher.finish(teacher, student, seen, held, seed=0, device=_CPU, feedback=Feedback()) for _ in range(2)]
@@ -67,9 +69,9 @@ def test_a_free_code_is_one_of_the_two_around_its_weight():
     grid = _Undecided(codes, q, weight)
     assert torch.equal(grid(codes), torch.tensor([[0.5, -1.0, 1.5], [0.0, 4.0, 0.0]]))
     grid.v.requires_grad_(True)
-    grid.scale.requires_grad_(True)
+    grid.gain.requires_grad_(True)
     grid(codes).sum().backward()
-    assert bool(((grid.v.grad != 0) == (grid.step != 0)).all()) and bool((grid.scale.grad != 0).any())
+    assert bool(((grid.v.grad != 0) == (grid.step != 0)).all()) and bool((grid.gain.grad != 0).any())
     with torch.no_grad():
         grid.v.fill_(1.0)
     assert torch.equal(grid.decided(codes), torch.tensor([[2.0, -1, 3], [2, 2, 0]]))
@@ -92,3 +94,9 @@ def test_in_a_whole_run(tmp_path):
     )
     assert qm.manifest.recipe["finish"].startswith("logits:steps=5,") and "finish_before" in qm.manifest.metrics
     assert ptq.export(qm, "onnx_qdq", tmp_path / "m.onnx")["differing_outputs"] == 0
+
+
+def test_a_share_that_leaves_nothing_is_refused():
+    for share in (0.0, 1.0, -0.5):
+        with pytest.raises(SpecError, match="held_out"):
+            Logits(held_out=share)

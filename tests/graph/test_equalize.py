@@ -10,7 +10,7 @@ from ptq.graph.equalize import equalize
 from ptq.graph.fold_bn import fold_batch_norm
 from ptq.graph.ops import weighted_nodes
 from ptq.graph.trace import trace
-from tests.stages import assert_unchanged, fingerprint, prepare, relative_error
+from tests.stages import assert_unchanged, fingerprint, prepare, relative_error, values
 from tests.zoo import SHAPE, ZOO, images
 
 _CPU = torch.device("cpu")
@@ -39,9 +39,12 @@ def _uneven(activation: nn.Module) -> nn.Sequential:
 def test_the_network_computes_what_it_did(activation: nn.Module):
     folded = fold_batch_norm(trace(_uneven(activation), SHAPE))
     before, x = fingerprint(folded), images()
-    out, pairs = equalize(folded, [x], _CPU)
+    out, factors = equalize(folded, [x], _CPU)
     assert_unchanged(folded, before)
-    assert pairs == 3  # the linear layer reads pixels, not channels
+    old, new = values(folded, x), values(out, x)
+    assert len(factors) == 7  # of all but the last convolution: the linear layer behind it reads pixels, not channels
+    for name, s in factors.items():
+        assert relative_error(new[name] * s.view(1, -1, 1, 1), old[name]) < 1e-5, name
     assert relative_error(_run(out, x), _run(folded, x)) < 1e-5
 
 

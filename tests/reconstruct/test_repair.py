@@ -73,14 +73,23 @@ def test_without_images_a_layer_behind_batch_norm_gains():
         net[1].bias.copy_(torch.linspace(-1, 1, 16))
         wanted = net(x).mean((0, 2, 3))
         lost = {}
-        for how in ("none", "analytic_bias"):
+        net[0].weight *= torch.logspace(-1, 1, 16).view(-1, 1, 1, 1)  # for equalization to have something to do
+        net[0].bias *= torch.logspace(-1, 1, 16)
+        net[1].running_mean *= torch.logspace(-1, 1, 16)
+        net[1].running_var *= torch.logspace(-1, 1, 16).square()
+        net[1].weight.copy_(torch.logspace(-0.5, 0.5, 16))
+        wanted = net(x).mean((0, 2, 3))
+        for how in ("none", "analytic_bias", "equalize", "equalize+analytic_bias"):
             qm = ptq.quantize(net, "w2a8", x, input_shape=SHAPE, rounding="nearest", repair=how, edges="all")
             lost[how] = float((qm.student(x).mean((0, 2, 3)) - wanted).square().sum())
     # What conv1's own rounding cost is not the second layer's to give back.
     assert lost["analytic_bias"] < 0.5 * lost["none"]
+    assert lost["equalize+analytic_bias"] < 0.5 * lost["equalize"]
 
 
-@pytest.mark.parametrize("how", ["equalize", "bias", "analytic_bias", "statistics", "equalize+bias+statistics"])
+@pytest.mark.parametrize(
+    "how", ["equalize", "bias", "analytic_bias", "statistics", "equalize+analytic_bias", "equalize+statistics"]
+)
 @pytest.mark.parametrize("name", ["residual", "depthwise"])
 def test_the_file_still_computes_it(name: str, how: str, tmp_path):
     qm = ptq.quantize(build(name), "w4a4", images(), input_shape=SHAPE, rounding="nearest", repair=how)
