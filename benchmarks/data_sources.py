@@ -99,8 +99,8 @@ def _images(network: Network, source: str, seed: int, args: argparse.Namespace, 
     kind = source.partition(":")[0]
     if kind == "mix":
         text = text.replace("genie", f"genie(steps={args.steps})").replace("bn_stats", f"bn_stats(steps={args.steps})")
-    elif kind not in ("gaussian", "nayer"):  # NAYER's images come of many short rounds: its own presets say how many
-        text += f",steps={args.steps}"
+    elif kind != "gaussian":  # NAYER's rounds are short, and its generator is warmed up for some before
+        text += f",steps={min(args.steps, 60) if kind == 'nayer' else args.steps}"
     return ptq.synthesize(network.model, text, **common).images
 
 
