@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from ptq.contracts import Feedback, Presets, make_rng
 from ptq.errors import SpecError
 from ptq.graph.blocks import extract, input_value_node, split
-from ptq.graph.insert import quantizer_of
+from ptq.graph.insert import round_bias
 from ptq.graph.ops import input_node, output_node, weighted_nodes
 from ptq.quant.affine import QParams, along_axis
 from ptq.quant.fake_quant import (
@@ -30,7 +30,6 @@ from ptq.quant.fake_quant import (
     FloatBias,
     integer_codes,
     store_integer,
-    store_integer_bias,
     swap,
     weight_grid,
 )
@@ -213,9 +212,7 @@ def _settle(student: fx.GraphModule) -> None:
         codes: Tensor = layer.parametrizations["weight"].original  # type: ignore[index, union-attr, assignment]
         q = QParams(grid.scale.detach().clone(), grid.zero_point, grid.spec)  # type: ignore[arg-type]
         store_integer(layer, "weight", grid.decided(codes.detach()), q)
-        source = quantizer_of(student, node.all_input_nodes[0].meta["value"])
-        if source is not None:
-            store_integer_bias(layer, source.scale.detach(), q.scale)
+        round_bias(student, node)
     student.requires_grad_(False)
     for parameter in student.parameters():
         parameter.grad = None

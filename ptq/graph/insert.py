@@ -8,7 +8,7 @@ from ptq.graph.ops import moves, weighted_nodes
 from ptq.graph.plan import QuantPlan
 from ptq.graph.trace import rewrite
 from ptq.quant.affine import QParams
-from ptq.quant.fake_quant import ActFakeQuant, set_weight_fake_quant
+from ptq.quant.fake_quant import ActFakeQuant, integer_codes, set_weight_fake_quant, store_integer_bias
 
 
 def insert_fake_quant(
@@ -66,3 +66,11 @@ def quantizer_of(gm: fx.GraphModule, value: str) -> ActFakeQuant | None:
     if node.op == "call_function" and moves(gm, node):
         return quantizer_of(gm, node.all_input_nodes[0].meta["value"])
     return None
+
+
+def round_bias(gm: fx.GraphModule, node: fx.Node) -> None:
+    """Stores a layer's bias as integers, on the grid of its weights and input as they are; nothing where either is float."""
+    layer, source = gm.get_submodule(str(node.target)), quantizer_of(gm, node.all_input_nodes[0].meta["value"])
+    held = integer_codes(layer, "weight")
+    if held is not None and source is not None:
+        store_integer_bias(layer, source.scale.detach(), held[1].scale.detach())

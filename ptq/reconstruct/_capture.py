@@ -117,6 +117,21 @@ def run_all(module: fx.GraphModule, inputs: list[Tensor], device: torch.device, 
     return found
 
 
+def quantized_input(
+    student: fx.GraphModule, stem: fx.Node, images: Tensor, device: torch.device, space: Space
+) -> Tensor:
+    """All images as the network's first quantizer, `stem`, gives them; the images themselves where the input stays float."""
+    if stem.op == "placeholder":
+        return images
+    quantizer = student.get_submodule(str(stem.target))
+    found, at = space.empty(images.shape), 0
+    with torch.no_grad():
+        for x in images.split(256):
+            found[at : at + len(x)].copy_(quantizer(x.to(device)))
+            at += len(x)
+    return found
+
+
 def stored(values: list[Tensor]) -> Iterator[list[Tensor]]:
     """Values of all images, batch by batch, as `outputs_of` yields them."""
     return (list(batch) for batch in zip(*(v.split(_BATCH) for v in values)))

@@ -16,18 +16,17 @@ from torch import Tensor, fx
 
 from ptq.contracts import Feedback, Reconstructor, make_rng
 from ptq.graph.blocks import Block, extract, input_value_node, split
-from ptq.graph.insert import quantizer_of
+from ptq.graph.insert import round_bias
 from ptq.graph.ops import input_node, weighted_nodes
 from ptq.quant.fake_quant import (
     ActFakeQuant,
     FloatBias,
     integer_codes,
     store_integer,
-    store_integer_bias,
     swap,
     weight_grid,
 )
-from ptq.reconstruct._capture import Capture, Space, compare_all, outputs_of, run_all, stored
+from ptq.reconstruct._capture import Capture, Space, compare_all, outputs_of, quantized_input, run_all, stored
 from ptq.reconstruct._fisher import fisher_weights
 from ptq.reconstruct._soft_round import SoftRound
 
@@ -81,7 +80,7 @@ def _blocks(
     if stem.op != "placeholder":  # its values are captured now: no block that shares its scale may train it
         student.get_submodule(str(stem.target)).frozen = True  # type: ignore[assignment]
     teacher_values = Capture({input_node(teacher).meta["value"]: images}, space)
-    student_values = Capture({stem.meta["value"]: _quantized_input(student, stem, images, device, space)}, space)
+    student_values = Capture({stem.meta["value"]: quantized_input(student, stem, images, device, space)}, space)
     for k, block in enumerate(blocks):
         start = time.perf_counter()
         job = _Job(teacher, student, block, teacher_values, student_values, device, space)
@@ -102,20 +101,6 @@ def _blocks(
         teacher_values.forget(still_read)
         student_values.forget(still_read)
         del job, outputs  # the next block's values would be made beside this one's
-
-
-def _quantized_input(
-    student: fx.GraphModule, stem: fx.Node, images: Tensor, device: torch.device, space: Space
-) -> Tensor:
-    if stem.op == "placeholder":
-        return images
-    quantizer = student.get_submodule(str(stem.target))
-    found, at = space.empty(images.shape), 0
-    with torch.no_grad():
-        for x in images.split(256):
-            found[at : at + len(x)].copy_(quantizer(x.to(device)))
-            at += len(x)
-    return found
 
 
 class _Job:
@@ -233,12 +218,9 @@ def _step(
 
 def _round_biases(student: fx.GraphModule, block: Block) -> None:
     """Stores the block's biases as integers, on the grid of its weights and inputs as they are."""
-    producers = {str(n.target): n.all_input_nodes[0].meta["value"] for n in weighted_nodes(student)}
-    for path in block.layers:
-        layer, source = student.get_submodule(path), quantizer_of(student, producers[path])
-        held = integer_codes(layer, "weight")
-        if held is not None and source is not None:
-            store_integer_bias(layer, source.scale.detach(), held[1].scale.detach())
+    for node in weighted_nodes(student):
+        if node.target in block.layers:
+            round_bias(student, node)
 
 
 def _harden(student: fx.GraphModule, block: Block) -> None:

@@ -15,18 +15,16 @@ from torch import Tensor, fx, nn
 
 from ptq.contracts import Feedback
 from ptq.graph.blocks import Block, extract, input_value_node, split
-from ptq.graph.insert import quantizer_of
+from ptq.graph.insert import round_bias
 from ptq.graph.ops import input_node, weighted_nodes
 from ptq.quant.affine import QParams, dequantize
 from ptq.quant.fake_quant import (
-    ActFakeQuant,
     FloatBias,
     integer_codes,
     store_integer,
-    store_integer_bias,
     swap,
 )  # fmt: skip
-from ptq.reconstruct._capture import Capture, Space, outputs_of, run_all
+from ptq.reconstruct._capture import Capture, Space, outputs_of, quantized_input, run_all
 from ptq.spec import Repair
 
 _LARGEST_GAIN = 2.0  # of a channel's scale; a larger one means that the channel's statistics say nothing
@@ -64,19 +62,16 @@ def mend(
         memory: bytes of host memory for what layers see; see `reconstruct_blocks`.
     """
     student, space = copy.deepcopy(student), Space(memory)
-    inputs_of = {str(n.target): n.all_input_nodes[0].meta["value"] for n in weighted_nodes(student)}
+    nodes = {str(n.target): n for n in weighted_nodes(student)}
     unknown = []
     try:
         blocks, stem = split(student, "layer"), input_value_node(student)
         real = Capture({input_node(reference).meta["value"]: images}, space)
-        quantized = (
-            run_all(extract_stem(student, stem), [images], device, space) if stem.op != "placeholder" else [images]
-        )
-        ours = Capture({stem.meta["value"]: quantized[0]}, space)
+        ours = Capture({stem.meta["value"]: quantized_input(student, stem, images, device, space)}, space)
         for k, block in enumerate(blocks):
             float_part = extract(reference, block.inputs, block.outputs)
             for path in block.layers:
-                layer, source = student.get_submodule(path), inputs_of[path]
+                layer, source = student.get_submodule(path), nodes[path].all_input_nodes[0].meta["value"]
                 if layer.bias is None or integer_codes(layer, "weight") is None:
                     continue
                 if how.bias == "analytic":
@@ -87,7 +82,7 @@ def mend(
                 else:
                     both = _both(reference, student, path, block, real, ours, float_part, device)
                     _match(layer, *both, scales=how.statistics)
-                _round_bias(student, path, source)
+                round_bias(student, nodes[path])
             targets = run_all(float_part, real.inputs(block), device, space)
             outputs = run_all(extract(student, block.inputs, block.outputs), ours.inputs(block), device, space)
             still_read = {name for later in blocks[k + 1 :] for name in later.inputs}
@@ -100,13 +95,6 @@ def mend(
     if unknown:
         feedback.note(f"BatchNorm does not tell what enters {', '.join(unknown)}: their biases stay")
     return student
-
-
-def extract_stem(student: fx.GraphModule, stem: fx.Node) -> fx.GraphModule:
-    """The quantizer of the input, as a block."""
-    graph = fx.Graph()
-    graph.output((graph.call_module(str(stem.target), (graph.placeholder("x"),)),))
-    return fx.GraphModule(student, graph)
 
 
 def _both(
@@ -156,10 +144,3 @@ def _analytic(layer: nn.Module, original: nn.Module, expected: Tensor) -> None:
     shift = (error * means.reshape(error.shape)).sum(1)
     bias: Tensor = layer.bias.detach().double()  # type: ignore[union-attr, operator]
     swap(layer, "bias", FloatBias(), (bias - shift).float())
-
-
-def _round_bias(student: fx.GraphModule, path: str, source: str) -> None:
-    layer, quantizer = student.get_submodule(path), quantizer_of(student, source)
-    held = integer_codes(layer, "weight")
-    if held is not None and isinstance(quantizer, ActFakeQuant):
-        store_integer_bias(layer, quantizer.scale.detach(), held[1].scale.detach())

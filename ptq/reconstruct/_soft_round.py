@@ -7,13 +7,14 @@ B is frozen at the first scale s₀, so that s and V can be trained together.
 Ref: Nagel et al., AdaRound, ICML 2020, arXiv 2004.10568, eq. 21-23; Jeon et al., GENIE, CVPR 2023, eq. 11-13, algorithm 2.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ptq.quant.affine import QParams, along_axis
-from ptq.quant.fake_quant import ActFakeQuant, WeightFakeQuant, swap, weight_grid
+from ptq.quant.fake_quant import ActFakeQuant, WeightFakeQuant, mix, swap, weight_grid
+from ptq.reconstruct._capture import block_error
 
 _ZETA, _GAMMA = 1.1, -0.1  # the rectified sigmoid's stretch
 
@@ -76,18 +77,42 @@ def soften(layer: nn.Module) -> SoftRound:
     return soft
 
 
-def attach_soft(
-    block: nn.Module, rng: torch.Generator, *, lr_round: float, lr_scale: float, lr_act: float, drop: float, scale_step: float
-) -> list[dict[str, Any]]:  # fmt: skip
+class SoftOptions(Protocol):
+    """The options that every method with soft bits has; see `genie_m` for what they say."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def lr_round(self) -> float: ...
+    @property
+    def lr_act(self) -> float: ...
+    @property
+    def penalty(self) -> float: ...
+    @property
+    def warmup(self) -> float: ...
+    @property
+    def beta_start(self) -> float: ...
+    @property
+    def beta_end(self) -> float: ...
+    @property
+    def drop(self) -> float: ...
+    @property
+    def scale_step(self) -> float: ...
+    @property
+    def full_steps(self) -> int: ...
+
+
+def attach_soft(o: SoftOptions, block: nn.Module, rng: torch.Generator, lr_scale: float = 0.0) -> list[dict[str, Any]]:
     """Makes a block's rounding learnable; Adam's parameter groups.
 
-    Soft bits of every layer at `lr_round`; where their rates are above 0, weight scales at `lr_scale` and the scales of
-    activation quantizers that are not settled yet at `lr_act`, along a cosine. Activation quantizers skip elements with
-    probability `drop`.
+    Soft bits of every layer at `lr_round` (see `sped_up`); where their rates are above 0, weight scales at `lr_scale` and the
+    scales of activation quantizers that are not settled yet at `lr_act`, along a cosine. Activation quantizers skip elements
+    with probability `drop`.
 
     A scale's rate is at most `scale_step` of the scale itself a step. The papers' absolute rates suit scales near 0.1; on an
     8-bit grid, with scales near 0.002, they would be a twentieth of the scale in each step.
     """
+    lr_round = sped_up(o.lr_round, o.full_steps, o.steps)
     groups: list[dict[str, Any]] = []
 
     def train(parameter: nn.Parameter, rate: float) -> None:
@@ -99,11 +124,11 @@ def attach_soft(
             soft = soften(layer)
             groups.append({"params": [soft.v], "lr": lr_round, "cosine": False})
             if lr_scale > 0:
-                train(soft.gain, min(lr_scale / float(soft.scale.detach().median()), scale_step))
+                train(soft.gain, min(lr_scale / float(soft.scale.detach().median()), o.scale_step))
         elif isinstance(layer, ActFakeQuant):
-            layer.drop, layer.mask_rng = drop, rng
-            if not layer.frozen and lr_act > 0:
-                train(layer.scale, min(lr_act, scale_step * float(layer.scale.detach())))
+            layer.drop, layer.mask_rng = o.drop, rng
+            if not layer.frozen and o.lr_act > 0:
+                train(layer.scale, min(o.lr_act, o.scale_step * float(layer.scale.detach())))
     return groups
 
 
@@ -113,6 +138,20 @@ def sped_up(lr: float, full_steps: int, steps: int) -> float:
     So they can travel as far as in the papers' 20,000: 1,000 steps at 0.001 would not decide a weight that starts halfway.
     """
     return lr * min(20.0, max(1.0, full_steps / max(steps, 1)))
+
+
+def dropped_input(o: SoftOptions, teacher_in: Tensor, student_in: Tensor, rng: torch.Generator) -> Tensor:
+    """Each element from the teacher with probability `drop`, else from the student. Ref: QDrop, eq. 8."""
+    return mix(teacher_in, student_in, o.drop, rng) if o.drop > 0 else student_in
+
+
+def soft_loss(
+    o: SoftOptions, block: nn.Module, outputs: list[Tensor], targets: list[Tensor], fisher: list[Tensor] | None, progress: float
+) -> Tensor:  # fmt: skip
+    """Squared error, summed over channels and averaged over the rest, plus λ times the rounding penalty."""
+    error = block_error(outputs, targets, fisher)
+    beta = annealed_beta(progress, o.warmup, o.beta_start, o.beta_end)
+    return error if beta is None else error + o.penalty * rounding_penalty(block, beta)
 
 
 def annealed_beta(progress: float, warmup: float, start: float, end: float) -> float | None:

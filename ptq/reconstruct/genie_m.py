@@ -16,9 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq.contracts import Presets
-from ptq.quant.fake_quant import mix
-from ptq.reconstruct._capture import block_error
-from ptq.reconstruct._soft_round import annealed_beta, attach_soft, rounding_penalty, sped_up
+from ptq.reconstruct._soft_round import attach_soft, dropped_input, soft_loss
 
 __all__ = ["GenieM"]
 
@@ -55,14 +53,11 @@ class GenieM:
 
     def attach(self, block: nn.Module, rng: torch.Generator) -> list[dict[str, Any]]:
         """Soft bits and weight scales of every layer, scales of every activation quantizer that is not frozen yet."""
-        return attach_soft(
-            block, rng, lr_round=sped_up(self.lr_round, self.full_steps, self.steps), lr_scale=self.lr_scale,
-            lr_act=self.lr_act, drop=self.drop, scale_step=self.scale_step,
-        )  # fmt: skip
+        return attach_soft(self, block, rng, self.lr_scale)
 
     def mix(self, teacher_in: Tensor, student_in: Tensor, rng: torch.Generator) -> Tensor:
         """QDrop on the block's input: each element from the teacher with probability `drop`."""
-        return mix(teacher_in, student_in, self.drop, rng) if self.drop > 0 else student_in
+        return dropped_input(self, teacher_in, student_in, rng)
 
     def loss(
         self,
@@ -73,9 +68,7 @@ class GenieM:
         progress: float,
     ) -> Tensor:
         """Squared error, summed over channels and averaged over the rest, plus the rounding penalty."""
-        error = block_error(outputs, targets)
-        beta = annealed_beta(progress, self.warmup, self.beta_start, self.beta_end)
-        return error if beta is None else error + self.penalty * rounding_penalty(block, beta)
+        return soft_loss(self, block, outputs, targets, None, progress)
 
     @classmethod
     def smoke(cls, folder: Path) -> Self:

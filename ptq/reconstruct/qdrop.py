@@ -16,9 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq.contracts import Presets
-from ptq.quant.fake_quant import mix
-from ptq.reconstruct._capture import block_error
-from ptq.reconstruct._soft_round import annealed_beta, attach_soft, rounding_penalty, sped_up
+from ptq.reconstruct._soft_round import attach_soft, dropped_input, soft_loss
 
 __all__ = ["QDrop"]
 
@@ -58,14 +56,11 @@ class QDrop:
 
     def attach(self, block: nn.Module, rng: torch.Generator) -> list[dict[str, Any]]:
         """Soft bits of every layer and scales of every activation quantizer that is not settled yet."""
-        return attach_soft(
-            block, rng, lr_round=sped_up(self.lr_round, self.full_steps, self.steps), lr_scale=0.0,
-            lr_act=self.lr_act, drop=self.drop, scale_step=self.scale_step,
-        )  # fmt: skip
+        return attach_soft(self, block, rng)
 
     def mix(self, teacher_in: Tensor, student_in: Tensor, rng: torch.Generator) -> Tensor:
         """Each element of the input from the teacher with probability `drop`."""
-        return mix(teacher_in, student_in, self.drop, rng) if self.drop > 0 else student_in
+        return dropped_input(self, teacher_in, student_in, rng)
 
     def loss(
         self,
@@ -76,9 +71,7 @@ class QDrop:
         progress: float,
     ) -> Tensor:
         """Squared error, weighted by `fisher`, summed over channels and averaged over the rest, plus the rounding penalty."""
-        error = block_error(outputs, targets, fisher)
-        beta = annealed_beta(progress, self.warmup, self.beta_start, self.beta_end)
-        return error if beta is None else error + self.penalty * rounding_penalty(block, beta)
+        return soft_loss(self, block, outputs, targets, fisher, progress)
 
     @classmethod
     def smoke(cls, folder: Path) -> Self:
