@@ -60,26 +60,28 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, s: Tensor, z: Tensor, qmin: int, qmax: int, skip: Tensor | None) -> Tensor:
         v = x / s
-        r = torch.round(v).add_(z)
-        c = r.clamp(qmin, qmax)
-        if any(ctx.needs_input_grad):
-            inside = (r == c).to(x.dtype)
-            slope = c.sub(z).sub_(v.mul_(inside)) if ctx.needs_input_grad[1] else None
-            if skip is not None:
-                inside = torch.maximum(inside, skip)
-                slope = slope.mul_(1 - skip) if slope is not None else None
-            ctx.save_for_backward(inside, slope)
-            ctx.scale_shape = s.shape
-        out = c.sub_(z).mul_(s)
-        return out if skip is None else torch.lerp(out, x, skip)
+        code = v + z if any(ctx.needs_input_grad) else None  # not rounded, not clamped
+        out = v.round_().add_(z).clamp_(qmin, qmax).sub_(z).mul_(s)
+        if skip is not None:
+            out.lerp_(x, skip)
+        if code is not None:
+            ctx.save_for_backward(x, s, code, skip, out)
+            ctx.ends = qmin - 0.5, qmax + 0.5
+        return out
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
         (grad,) = grads
-        inside, slope = ctx.saved_tensors
-        grad_x = grad * inside if ctx.needs_input_grad[0] else None
-        grad_s = (grad * slope).sum_to_size(ctx.scale_shape) if slope is not None else None
-        return grad_x, grad_s, None, None, None, None
+        x, s, code, skip, out = ctx.saved_tensors
+        # One pass that writes floats: comparing into booleans costs as much as ten of the other operations here.
+        grad_x = torch.ops.aten.hardtanh_backward(grad, code, *ctx.ends)
+        if skip is not None:
+            grad_x.lerp_(grad, skip)
+        grad_s = None
+        if ctx.needs_input_grad[1]:
+            # ∂x̂/∂s = (x̂ - x · [inside]) / s: round(v) - v inside, the clamped code outside, 0 where skipped.
+            grad_s = (grad * out).addcmul_(grad_x, x, value=-1).sum_to_size(s.shape) / s
+        return grad_x if ctx.needs_input_grad[0] else None, grad_s, None, None, None, None
 
 
 def fake_quantize(x: Tensor, q: QParams, skip: Tensor | None = None) -> Tensor:

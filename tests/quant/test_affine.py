@@ -159,4 +159,5 @@ def test_skipped_elements_stay_float_and_pass_the_gradient(spec: QuantSpec, devi
     (grad_x, grad_scale), (rounded_x, rounded_scale) = grads
     # Through the identity where skipped; elsewhere, and to the scale, as if only the others were there.
     assert torch.equal(grad_x, torch.where(skip == 1, upstream, rounded_x))
-    torch.testing.assert_close(grad_scale, rounded_scale)  # the same terms, float32 sums
+    # The same terms, each a difference of two of up to 255: float32 sums of up to 210 of them.
+    torch.testing.assert_close(grad_scale, rounded_scale, rtol=1e-5, atol=210 * 255 * 2**-23)
