@@ -167,7 +167,9 @@ def _refusal(name: str, missing: str, has: set[str]) -> str:
 
 
 def gather(source: Any, networks: tuple[fx.GraphModule, ...], run: Run) -> Tensor:
-    """All images `[N, C, H, W]` in host memory; valid pixels where the normalization is stated.
+    """All images `[N, C, H, W]` in host memory, channels last; valid pixels where the normalization is stated.
+
+    Every convolution keeps that layout, which is the one it computes fastest in on CPUs.
 
     Raises:
         CalibrationError: there are none, or they are not what they should be.
@@ -175,7 +177,7 @@ def gather(source: Any, networks: tuple[fx.GraphModule, ...], run: Run) -> Tenso
     kept = list(batches_of(source, networks, run))
     if not kept or not sum(len(b) for b in kept):
         raise CalibrationError("the data source gave no images")
-    return torch.cat(kept)
+    return torch.cat(kept).contiguous(memory_format=torch.channels_last)
 
 
 def batches_of(source: Any, networks: tuple[fx.GraphModule, ...], run: Run, *, clip: bool = True) -> Iterator[Tensor]:

@@ -36,12 +36,18 @@ class Space:
         return sum(self._held.values())
 
     def empty(self, shape: Iterable[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        """An uninitialized tensor.
+        """An uninitialized tensor; images with their channels last in memory, which convolutions on CPUs read fastest.
 
         Raises:
             ReconstructionError: there is no room on disk either.
         """
         shape = tuple(shape)
+        if len(shape) == 4:
+            n, c, h, w = shape
+            return self._empty((n, h, w, c), dtype).permute(0, 3, 1, 2)
+        return self._empty(shape, dtype)
+
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         size = torch.Size(shape).numel() * dtype.itemsize
         if self.used + size <= self.limit:
             tensor = torch.empty(shape, dtype=dtype)
@@ -132,6 +138,14 @@ def quantized_input(
     return found
 
 
+def picked(values: Tensor, pick: Tensor) -> Tensor:
+    """The images `pick` of `values`, in the layout of `Space`."""
+    if values.ndim != 4:
+        return values.index_select(0, pick)
+    # Selecting along the first dimension copies whole images only where they lie in one piece.
+    return values.permute(0, 2, 3, 1).index_select(0, pick).permute(0, 3, 1, 2)
+
+
 def stored(values: list[Tensor]) -> Iterator[list[Tensor]]:
     """Values of all images, batch by batch, as `outputs_of` yields them."""
     return (list(batch) for batch in zip(*(v.split(_BATCH) for v in values)))
@@ -160,7 +174,6 @@ def block_error(outputs: list[Tensor], targets: list[Tensor], fisher: list[Tenso
 
     Ref: Jeon et al., GENIE, CVPR 2023, eq. 14; Li et al., BRECQ, ICLR 2021, eq. 10.
     """
-    errors = [(out - y).square() for out, y in zip(outputs, targets)]
-    if fisher is not None:
-        errors = [e * f for e, f in zip(errors, fisher)]
-    return torch.stack([e.sum(1).mean() for e in errors]).sum()
+    errors = [out - y for out, y in zip(outputs, targets)]
+    squares = [e * e for e in errors] if fisher is None else [e * e * f for e, f in zip(errors, fisher)]
+    return torch.stack([e.sum() / (e.numel() / e.shape[1]) for e in squares]).sum()

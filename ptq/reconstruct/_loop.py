@@ -26,7 +26,7 @@ from ptq.quant.fake_quant import (
     swap,
     weight_grid,
 )
-from ptq.reconstruct._capture import Capture, Space, compare_all, outputs_of, quantized_input, run_all, stored
+from ptq.reconstruct._capture import Capture, Space, compare_all, outputs_of, picked, quantized_input, run_all, stored
 from ptq.reconstruct._fisher import fisher_weights
 from ptq.reconstruct._soft_round import SoftRound
 
@@ -204,7 +204,7 @@ def _step(
     """One optimizer step; the loss before it."""
 
     def batch(values: list[Tensor]) -> list[Tensor]:
-        return [v[pick].to(job.device) for v in values]
+        return [picked(v, pick).to(job.device) for v in values]
 
     seen = [method.mix(t, s, rng) for t, s in zip(batch(job.teacher_in), batch(job.student_in))]
     outputs = job.module(*seen)
