@@ -12,6 +12,9 @@ from ptq.quant.affine import QParams, dequantize, fake_quantize, quantize
 from ptq.spec import QuantSpec
 
 
+_BITS = torch.tensor([[1], [2], [4], [8], [16], [32], [64], [128]], dtype=torch.uint8)
+
+
 class _Grid(nn.Module):
     """A module with one integer grid: parameter `scale`, buffer `zero_point`, attribute `spec`."""
 
@@ -66,7 +69,7 @@ def random_mask(x: Tensor, p: float, rng: torch.Generator | None) -> Tensor:
     mask = torch.empty_like(x)
     flat, level = mask.as_strided((x.numel(),), (1,)), round(p * 256)
     if level == 128:
-        bits = _random_bytes(x.numel() // 8 + 1, rng) & (1 << torch.arange(8, dtype=torch.uint8))[:, None]
+        bits = _random_bytes(x.numel() // 8 + 1, rng) & _BITS
         torch.gt(bits.view(-1)[: x.numel()], 0, out=flat)
     elif level < 256:
         torch.lt(_random_bytes(x.numel(), rng)[: x.numel()], level, out=flat)

@@ -20,6 +20,24 @@ from ptq.reconstruct._capture import block_error
 _ZETA, _GAMMA = 1.1, -0.1  # the rectified sigmoid's stretch
 
 
+class _Penalty(torch.autograd.Function):
+    """Σ (1 - |2h - 1|^β); the power, which is what costs, is taken once for value and gradient."""
+
+    @staticmethod
+    def forward(ctx, h: Tensor, beta: float) -> Tensor:
+        d = h * 2 - 1
+        size = d.abs()
+        slope = size.pow(beta - 1)
+        ctx.save_for_backward(slope.copysign(d))
+        ctx.beta = beta
+        return h.numel() - (slope * size).sum()
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        (slope,) = ctx.saved_tensors
+        return slope * (grads[0] * (-2 * ctx.beta)), None
+
+
 class SoftRound(nn.Module):
     """Parametrization of `weight`: codes between ⌊W/s⌋ and the next, by the trained `v`; `gain` is trained on request.
 
@@ -66,7 +84,7 @@ class SoftRound(nn.Module):
 
     def penalty(self, beta: float) -> Tensor:
         """Σ (1 - |2h(V) - 1|^β): 0 where every weight is decided. Ref: AdaRound, eq. 24."""
-        return (1 - (2 * self.softness() - 1).abs().pow(beta)).sum()
+        return _Penalty.apply(self.softness(), beta)  # type: ignore[return-value]
 
 
 def soften(layer: nn.Module) -> SoftRound:
