@@ -11,7 +11,6 @@ from torch.nn.utils import parametrize
 from ptq.quant.affine import QParams, dequantize, fake_quantize, quantize
 from ptq.spec import QuantSpec
 
-
 _BITS = torch.tensor([[1], [2], [4], [8], [16], [32], [64], [128]], dtype=torch.uint8)
 
 
