@@ -6,9 +6,11 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+import torch.nn.functional as F
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx, nn
 
+from ptq.errors import ExportError
 from ptq.graph.integer import stored_shift
 from ptq.graph.ops import find_op
 from ptq.quant.affine import QParams
@@ -209,6 +211,85 @@ def _upsample(b: Builder, node: fx.Node, out: str) -> str:
     )  # fmt: skip
 
 
+def _resize_nearest(b: Builder, node: fx.Node, out: str) -> str:
+    return _resize(b, node, out, mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor")
+
+
+def _resize_bilinear(b: Builder, node: fx.Node, out: str) -> str:
+    corners = "align_corners" if b.module(node).align_corners else "half_pixel"
+    return _resize(b, node, out, mode="linear", coordinate_transformation_mode=corners)
+
+
+def _resize(b: Builder, node: fx.Node, out: str, **how: Any) -> str:
+    """By scales: with the sizes of two axes alone, onnxruntime's layout pass loses them."""
+    sizes = zip(node.all_input_nodes[0].meta["shape"][-2:], b.module(node).size)
+    scales = np.array([1, 1, *(resize_scale(n, size, how["mode"]) for n, size in sizes)], dtype=np.float32)
+    return b.add("Resize", [*b.inputs(node), "", b.constant(f"{out}.scales", scales)], out, **how)
+
+
+def resize_scale(length: int, size: int, mode: str) -> np.float32:
+    """The float32 scale that brings `length` to `size` pixels in runtimes, and to the nearest ones that torch takes.
+
+    Raises:
+        ExportError: there is none.
+    """
+    at, pixels = np.arange(size, dtype=np.float32), torch.arange(length, dtype=torch.float32)
+    nearest = F.interpolate(pixels[None, None], size=size, mode="nearest")[0, 0].long().numpy()
+    for scale in (s := np.float32(size / length), np.nextafter(s, np.float32(0)), np.nextafter(s, np.float32(2) * s)):
+        same = mode != "nearest" or np.array_equal(np.floor(at / scale).astype(int), nearest)
+        # onnxruntime multiplies in float32, the checker in float64.
+        if int(np.float32(length) * scale) == int(length * float(scale)) == size and same:
+            return scale
+    raise ExportError(f"no float32 scale brings {length} pixels to {size} as torch does; take another input size")
+
+
+def _adaptive_average(b: Builder, node: fx.Node, out: str) -> str:
+    """Windows of different sizes have no operator: averages over rows and over columns, each a product with a matrix."""
+    height, width = (
+        F.adaptive_avg_pool1d(torch.eye(n)[None], size)[0].numpy()  # [n, size]
+        for n, size in zip(node.all_input_nodes[0].meta["shape"][-2:], b.module(node).size)
+    )
+    rows = b.add("MatMul", [b.constant(f"{out}.rows", height.T), *b.inputs(node)], f"{out}.narrow")
+    return b.add("MatMul", [rows, b.constant(f"{out}.columns", width)], out)
+
+
+def _conv_transpose(b: Builder, node: fx.Node, out: str) -> str:
+    """In float, with a sum of one tensor behind it; see `_stays_float`."""
+    m = b.module(node)
+    (ph, pw), (eh, ew) = m.padding, m.output_padding
+    done = b.add(
+        "ConvTranspose", [*b.inputs(node), _weight(b, node), *_bias(b, node)], f"{out}.float",
+        kernel_shape=list(m.kernel_size), strides=list(m.stride), dilations=list(m.dilation), group=m.groups,
+        pads=[ph, pw, ph, pw], output_padding=[eh, ew],
+    )  # fmt: skip
+    return b.add("Sum", [done], out)
+
+
+def _layer_norm(b: Builder, node: fx.Node, out: str) -> str:
+    m, path = b.module(node), str(node.target)
+    weight = m.weight if m.weight is not None else torch.ones(m.normalized_shape)
+    parts = [("weight", weight), *([("bias", m.bias)] if m.bias is not None else [])]
+    names = [b.constant(f"{path}.{k}", v.detach().cpu().numpy()) for k, v in parts]
+    return b.add(
+        "LayerNormalization", [*b.inputs(node), *names], out, axis=-len(m.normalized_shape), epsilon=float(m.eps)
+    )
+
+
+def _prelu(b: Builder, node: fx.Node, out: str) -> str:
+    slope = b.module(node).weight.detach().cpu().numpy()
+    rank = len(node.meta["shape"])  # channels come first, behind the batch
+    return b.add("PRelu", [*b.inputs(node), b.constant(f"{out}.slope", slope.reshape(-1, *[1] * (rank - 1)))], out)
+
+
+def _with_constant(op: str) -> Callable[..., str]:
+    def emit(b: Builder, node: fx.Node, out: str) -> str:
+        return b.add(
+            op, [*b.inputs(node), b.constant(f"{out}.constant", b.module(node).value.detach().cpu().numpy())], out
+        )
+
+    return emit
+
+
 def _batch_norm(b: Builder, node: fx.Node, out: str) -> str:
     m, path = b.module(node), str(node.target)
     ones = torch.ones_like(m.running_var)
@@ -246,5 +327,8 @@ EMITTERS: dict[str, Callable[[Builder, fx.Node, str], str]] = {
     "batch_norm": _batch_norm, "batch_norm_1d": _batch_norm,
     "leaky_relu": _plain("LeakyRelu", lambda m: {"alpha": float(m.negative_slope)}),  # type: ignore[arg-type]
     "sigmoid": _plain("Sigmoid"), "hard_sigmoid": _plain("HardSigmoid", lambda m: {"alpha": 1 / 6, "beta": 0.5}),
+    "elu": _plain("Elu", lambda m: {"alpha": float(m.alpha)}), "prelu": _prelu, "layer_norm": _layer_norm,  # type: ignore[arg-type]
+    "conv_transpose": _conv_transpose, "add_constant": _with_constant("Add"), "mul_constant": _with_constant("Mul"),
+    "adaptive_average": _adaptive_average, "resize_bilinear": _resize_bilinear, "resize_nearest": _resize_nearest,
     "tanh": _plain("Tanh"), "gelu": _plain("Gelu", lambda m: {"approximate": m.approximate}),  # type: ignore[dict-item]
 }  # fmt: skip

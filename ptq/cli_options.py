@@ -52,7 +52,9 @@ def _numbers(kind: type) -> Any:
 
 def _network_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
-        "model", type=Path, help="state dict (.pt, .pth, .safetensors), or a pickled module with --trust-pickle"
+        "model",
+        type=Path,
+        help="state dict (.pt, .pth, .safetensors); a pickled module or a .pt2 archive with --trust-pickle",
     )
     p.add_argument(
         "--input-shape", type=_numbers(int), metavar="C,H,W", help="channels, height and width in pixels (required)"

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ptq.errors import ModelError
+from ptq.graph.aten import plain
 
 _NESTED = ("state_dict", "model_state_dict", "model", "net")  # where training scripts keep the weights in a checkpoint
 _NO_ARCH = "name the code that builds the network with --arch package.module:factory, path/to/file.py:factory or torchvision:resnet18"
@@ -25,10 +26,11 @@ def load_model(path: str | Path, arch: str | None = None, *, trust_pickle: bool 
     """The float network in a file, in eval mode.
 
     Args:
-        path: a state dict (`torch.save(model.state_dict(), …)` or `.safetensors`), or a pickled module.
+        path: a state dict (`torch.save(model.state_dict(), …)` or `.safetensors`), a pickled module, or a torch.export archive
+            (`.pt2`).
         arch: what builds the network for a state dict: "package.module:factory", "path/to/file.py:factory",
             "torchvision:resnet18"; arguments that are literals may follow, "nets.py:ResNet(20, classes=10)".
-        trust_pickle: unpickle a whole module. Unpickling runs whatever code the file contains.
+        trust_pickle: unpickle a whole module, or read an archive. Unpickling runs whatever code the file contains.
 
     Raises:
         ModelError: the file is missing, damaged or of another kind, or its weights do not fit the network.
@@ -36,7 +38,8 @@ def load_model(path: str | Path, arch: str | None = None, *, trust_pickle: bool 
     path = Path(path)
     if not path.is_file():
         raise ModelError(f"{path} is not a file" + ("" if path.exists() else ": nothing is there"))
-    _refuse_other_kinds(path)
+    if _is_exported(path):
+        return _exported(path, trust_pickle)
     content = _read(path, trust_pickle)
     if isinstance(content, nn.Module):
         return content.float().eval()
@@ -48,9 +51,14 @@ def load_model(path: str | Path, arch: str | None = None, *, trust_pickle: bool 
     return model.eval()
 
 
-def _refuse_other_kinds(path: Path) -> None:
+def _is_exported(path: Path) -> bool:
+    """Whether the file is a torch.export archive.
+
+    Raises:
+        ModelError: it is an archive of another kind.
+    """
     if not zipfile.is_zipfile(path):
-        return
+        return False
     try:
         with zipfile.ZipFile(path) as archive:
             inside = {name.partition("/")[2] for name in archive.namelist()} | set(archive.namelist())
@@ -60,10 +68,22 @@ def _refuse_other_kinds(path: Path) -> None:
         raise ModelError(
             f"{path} is a TorchScript file, whose graph cannot be quantized here; give the network's state dict and --arch"
         )
-    if any(name.endswith(("archive_format", "serialized_exported_program.json")) for name in inside):
+    return any(name.endswith(("archive_format", "serialized_exported_program.json")) for name in inside)
+
+
+def _exported(path: Path, trust_pickle: bool) -> nn.Module:
+    """The network in a torch.export archive."""
+    if not trust_pickle:
         raise ModelError(
-            f"{path} is a torch.export archive, which is not supported; give the network's state dict and --arch"
+            f"{path} is a torch.export archive, and torch reads parts of it by unpickling, which runs code from the file; "
+            "if you trust the file, pass --trust-pickle; or give the network's state dict and --arch"
         )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return plain(torch.export.load(path).module(check_guards=False)).float()
+    except Exception as e:  # a damaged archive can fail anywhere in torch's reader
+        raise ModelError(f"{path} is not a torch.export archive that this torch reads: {_line(e)}") from e
 
 
 def _read(path: Path, trust_pickle: bool) -> Any:

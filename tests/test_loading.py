@@ -10,7 +10,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ptq.errors import ModelError
+from ptq.graph.blocks import split
+from ptq.graph.ops import weighted_nodes
+from ptq.graph.trace import trace
 from ptq.loading import build_arch, load_model
+from tests.zoo import SHAPE, build, images
 
 NETS = """
 from torch import nn
@@ -125,11 +129,24 @@ def test_files_of_another_kind(content, says, tmp_path):
     assert str(path) in str(e.value)
 
 
-def test_real_torchscript_and_export_archives(tmp_path):
-    net = nn.Conv2d(3, 4, 3).eval()
-    torch.export.save(torch.export.export(net, (torch.zeros(1, 3, 8, 8),)), tmp_path / "m.pt2")
-    with pytest.raises(ModelError, match=r"torch\.export archive"):
-        load_model(tmp_path / "m.pt2", "torch.nn:Identity")
+@pytest.mark.parametrize("name", ["residual", "depthwise"])
+def test_export_archive(name, tmp_path):
+    """Needs trust; then its graph has the layers, and computes the scores, of the network itself."""
+    net, path = build(name), tmp_path / "m.pt2"
+    batch = ({0: torch.export.Dim("batch")},)
+    torch.export.save(torch.export.export(net, (images(2),), dynamic_shapes=batch), path)
+    with pytest.raises(ModelError, match=r"torch\.export archive.*--trust-pickle"):
+        load_model(path)
+    ours, theirs = trace(load_model(path, trust_pickle=True), SHAPE), trace(net, SHAPE)
+    assert [str(n.target) for n in weighted_nodes(ours)] == [str(n.target) for n in weighted_nodes(theirs)]
+    assert [b.layers for b in split(ours)] == [b.layers for b in split(theirs)]
+    assert torch.equal(ours(images(5)), theirs(images(5)))
+
+
+def test_damaged_export_archive(tmp_path):
+    (tmp_path / "m.pt2").write_bytes(_archive("m/archive_format", "m/models/model.json"))
+    with pytest.raises(ModelError, match=r"m\.pt2 is not a torch\.export archive that this torch reads"):
+        load_model(tmp_path / "m.pt2", trust_pickle=True)
 
 
 @pytest.mark.parametrize("cut", [10, 400, -30])

@@ -8,7 +8,17 @@ import pytest
 from ptq.exporters._onnx_ops import EMITTERS
 from torch import nn
 
-from ptq.graph.layers import Pad, Permute, Reshape, Slice
+from ptq.graph.layers import (
+    AdaptiveAverage,
+    AddConstant,
+    MulConstant,
+    Pad,
+    Permute,
+    Reshape,
+    ResizeBilinear,
+    ResizeNearest,
+    Slice,
+)
 from ptq.graph.ops import OPS, Op
 from ptq.quant.fake_quant import ActFakeQuant
 
@@ -23,7 +33,12 @@ EXAMPLES: dict[type, Callable[[], nn.Module]] = {
     nn.BatchNorm1d: lambda: nn.BatchNorm1d(4, 1e-3),
     nn.BatchNorm2d: lambda: nn.BatchNorm2d(4, 1e-3),
     nn.LeakyReLU: lambda: nn.LeakyReLU(0.3),
-    nn.GELU: lambda: nn.GELU("tanh"),
+    nn.GELU: lambda: nn.GELU("tanh"), nn.ELU: lambda: nn.ELU(0.5), nn.PReLU: lambda: nn.PReLU(4),
+    nn.LayerNorm: lambda: nn.LayerNorm((4, 3), 1e-3, True, False),
+    nn.ConvTranspose2d: lambda: nn.ConvTranspose2d(4, 6, (3, 2), (2, 3), (1, 0), (1, 2), 2, False, (1, 3)),
+    ResizeNearest: lambda: ResizeNearest((5, 7)), ResizeBilinear: lambda: ResizeBilinear((5, 7), True),
+    AdaptiveAverage: lambda: AdaptiveAverage((5, 3)), AddConstant: lambda: AddConstant((4, 1, 1)),
+    MulConstant: lambda: MulConstant((1, 4, 1)),
     Pad: lambda: Pad((1, 2, 3, 4)), Slice: lambda: Slice(((1, 0, 2, 1),)),
     Reshape: lambda: Reshape((4, 4)), Permute: lambda: Permute((0, 2, 3, 1)),
 }  # fmt: skip

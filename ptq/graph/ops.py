@@ -21,7 +21,17 @@ import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from ptq.graph.layers import Pad, Permute, Reshape, Slice
+from ptq.graph.layers import (
+    AdaptiveAverage,
+    AddConstant,
+    MulConstant,
+    Pad,
+    Permute,
+    Reshape,
+    ResizeBilinear,
+    ResizeNearest,
+    Slice,
+)
 from ptq.quant.fake_quant import ActFakeQuant
 
 Role = Literal["weighted", "clamp", "same", "pool", "join", "concat", "float", "quant"]
@@ -42,6 +52,9 @@ class Op:
 
 
 _CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "bias")
+_CONV_TRANSPOSE = (
+    "in_channels", "out_channels", "kernel_size", "stride", "padding", "output_padding", "groups", "bias", "dilation",
+)  # fmt: skip
 
 OPS: dict[type | Callable[..., Any], Op] = {
     nn.Conv2d: Op("conv", "weighted", fields=_CONV),
@@ -50,6 +63,7 @@ OPS: dict[type | Callable[..., Any], Op] = {
     nn.ReLU6: Op("relu6", "clamp", "always"),
     nn.MaxPool2d: Op("max_pool", "same", "keep", ("kernel_size", "stride", "padding", "dilation", "ceil_mode")),
     nn.UpsamplingNearest2d: Op("upsample_nearest", "same", "keep", ("scale_factor",)),
+    ResizeNearest: Op("resize_nearest", "same", "keep", ("size",)),
     Pad: Op("pad", "same", "keep", ("pads",)),
     Slice: Op("slice", "same", "keep", ("cuts",)),
     Reshape: Op("reshape", "same", "keep", ("tail",)),
@@ -57,6 +71,8 @@ OPS: dict[type | Callable[..., Any], Op] = {
     nn.AvgPool2d: Op(
         "avg_pool", "pool", "keep", ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
     ),
+    AdaptiveAverage: Op("adaptive_average", "float", "keep", ("size",)),
+    ResizeBilinear: Op("resize_bilinear", "float", "keep", ("size", "align_corners")),
     operator.add: Op("add", "join", "keep"),
     operator.mul: Op("mul", "join", "keep"),
     torch.cat: Op("concat", "concat", "keep"),
@@ -67,6 +83,12 @@ OPS: dict[type | Callable[..., Any], Op] = {
     nn.Hardsigmoid: Op("hard_sigmoid", "float", "always"),
     nn.Tanh: Op("tanh", "float"),
     nn.GELU: Op("gelu", "float", fields=("approximate",)),
+    nn.ELU: Op("elu", "float", fields=("alpha",)),
+    nn.PReLU: Op("prelu", "float", fields=("num_parameters",)),
+    nn.LayerNorm: Op("layer_norm", "float", fields=("normalized_shape", "eps", "elementwise_affine", "bias")),
+    nn.ConvTranspose2d: Op("conv_transpose", "float", fields=_CONV_TRANSPOSE),
+    AddConstant: Op("add_constant", "float", fields=("shape",)),
+    MulConstant: Op("mul_constant", "float", fields=("shape",)),
     ActFakeQuant: Op("fake_quant", "quant", "keep"),
 }
 

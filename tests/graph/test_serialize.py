@@ -82,11 +82,16 @@ class Everything(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(3, 8, (3, 5), stride=(1, 2), padding=(2, 2), dilation=(2, 1))
         self.act, self.head, self.norm = nn.LeakyReLU(0.2), nn.Linear(8, 10), nn.BatchNorm1d(10)
+        self.up, self.layer_norm, self.prelu = nn.ConvTranspose2d(8, 8, 3, 2, 1, 1, 4), nn.LayerNorm(7), nn.PReLU(8)
+        self.scale = nn.Parameter(torch.linspace(0.5, 2, 8).view(8, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.conv(x))
         x = F.avg_pool2d(x, (3, 2), stride=(1, 2), padding=(1, 0), ceil_mode=True, count_include_pad=False)
         x = F.gelu(F.interpolate(x, scale_factor=2), approximate="tanh") * torch.tanh(F.interpolate(x, scale_factor=2))
+        x = F.elu(self.prelu(self.up(x)), 0.5) * self.scale + 1
+        x = F.interpolate(F.interpolate(x, (9, 7)), (11, 7), mode="bilinear") + F.adaptive_avg_pool2d(x, (11, 7))
+        x = self.layer_norm(x)
         x = F.hardswish(F.max_pool2d(x, 3, 2, 1, ceil_mode=True))
         x = self.head(x.permute(0, 2, 3, 1))
         return self.norm(F.relu(x.transpose(1, -1).mean((2, 3))))

@@ -1,0 +1,111 @@
+"""The second front end: networks that `torch.fx` cannot trace come through `torch.export`, as aten operations.
+
+    conv2d(x, layer1.0.conv1.weight, None, [1, 1], [1, 1])      →      nn.Conv2d, at layer1.0.conv1
+
+Lowering makes modules of them again, with their weights and statistics, where the network had them, so that the rest of the
+toolkit sees one kind of graph.
+"""
+
+import copy
+import operator
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.fx.graph import CodeGen
+
+from ptq.graph import lower_constant as constant
+from ptq.graph import lower_spatial as spatial
+from ptq.graph.call import Call
+from ptq.graph.lower import FUNCTIONS
+
+
+def _nothing(call: Call) -> list[Any]:
+    return []
+
+
+def _transposed(call: Call) -> list[Any]:
+    """aten.convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups)."""
+    x, weight, bias, stride, padding, dilation, transposed, extra, groups = call.args
+    if transposed:
+        args = (x, weight, bias, stride, padding, extra, groups, dilation)
+        return constant.conv_transpose(Call(args, {}, call.shape, call.out))
+    return constant.conv(Call((x, weight, bias, stride, padding, dilation, groups), {}, call.shape, call.out))
+
+
+def _reversed(call: Call) -> list[Any]:
+    """aten.rsub(x, other): other - x."""
+    return constant.subtract(Call((call.get(1, "other"), call.args[0]), {}, call.shape, call.out))
+
+
+# Name without overload and without the underscore of in-place operations → steps. Arguments stand as in torch.nn.functional,
+# but where a function of its own says otherwise.
+ATEN: dict[str, Callable[[Call], list[Any]]] = {
+    "conv2d": constant.conv, "convolution": _transposed, "conv_transpose2d": constant.conv_transpose,
+    "linear": constant.linear, "batch_norm": constant.batch_norm(aten=True), "layer_norm": constant.layer_norm,
+    "prelu": constant.prelu, "sub": constant.subtract, "rsub": _reversed, "div": constant.divide,
+    "add": constant.arithmetic(operator.add),
+    "mul": constant.arithmetic(operator.mul), "upsample_nearest2d": spatial.resize("nearest"),
+    "upsample_bilinear2d": spatial.resize("bilinear"), "slice": spatial.select_slice,
+} | {
+    name: FUNCTIONS[function]
+    for name, function in {
+        "relu": F.relu, "relu6": F.relu6, "hardtanh": F.hardtanh, "leaky_relu": F.leaky_relu, "elu": F.elu, "silu": F.silu,
+        "hardswish": F.hardswish, "hardsigmoid": F.hardsigmoid, "sigmoid": torch.sigmoid, "tanh": torch.tanh,
+        "gelu": F.gelu, "max_pool2d": F.max_pool2d, "avg_pool2d": F.avg_pool2d, "adaptive_avg_pool2d": F.adaptive_avg_pool2d,
+        "mean": torch.mean, "permute": torch.permute, "transpose": torch.transpose, "pad": F.pad,
+    }.items()
+} | dict.fromkeys(("flatten", "view", "_unsafe_view", "reshape", "squeeze", "unsqueeze"), spatial.reshape) | dict.fromkeys(
+    ("dropout", "feature_dropout", "contiguous", "clone", "alias", "detach", "to", "_to_copy", "lift_fresh_copy"), _nothing
+)  # fmt: skip
+
+
+def aten_name(target: Any) -> str | None:
+    """The operation's name, "relu_" for aten.relu_.default; None for what is no aten operation."""
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return None
+    return target._schema.name.partition("::")[2]
+
+
+def lower_aten(target: Any, call: Call) -> list[Any] | None:
+    """The steps for an aten operation, or None where it is unknown or none."""
+    name = aten_name(target)
+    if name is None:
+        return None
+    if name.rstrip("_") in ("cat", "concat"):
+        return [torch.cat]
+    found = ATEN.get(name) or ATEN.get(name.rstrip("_"))
+    return None if found is None else found(call)
+
+
+def exported(model: nn.Module, example: Tensor) -> fx.GraphModule:
+    """The network as a graph of aten operations, with its parameters under their own names.
+
+    Args:
+        model: in eval mode. example: two images `[2, C, H, W]`.
+
+    Raises:
+        Exception: whatever `torch.export` raises for a network it does not take either.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False)
+    return plain(program.module(check_guards=False))
+
+
+def plain(gm: fx.GraphModule) -> fx.GraphModule:
+    """An exported network as an ordinary graph: no guards, inputs and outputs as they are."""
+    root, graph = gm, copy.deepcopy(gm.graph)
+    graph.set_codegen(CodeGen())
+    for node in reversed(graph.nodes):
+        if node.op == "call_module" and not node.users and "guards" in str(node.target):
+            graph.erase_node(node)
+    return fx.GraphModule(root, graph)
+
+
+def is_exported(model: nn.Module) -> bool:
+    """Whether a network is a graph of aten operations already."""
+    return isinstance(model, fx.GraphModule) and any(aten_name(n.target) is not None for n in model.graph.nodes)

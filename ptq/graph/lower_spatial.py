@@ -1,0 +1,143 @@
+"""Lowering of what works on height and width, and of what only rearranges: pools, paddings, slices, resizing.
+
+Each function takes a `Call` and returns the steps that replace it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from ptq.graph.call import Call, Step, Unsupported, pair
+from ptq.graph.layers import AdaptiveAverage, Pad, Permute, Reshape, ResizeBilinear, ResizeNearest, Slice
+
+
+def reshape(call: Call) -> list[Step]:
+    """A reshape to the recorded result's shape."""
+    return [] if call.out == call.shape else [Reshape(call.out)]
+
+
+def _average(call: Call, size: tuple[int, int]) -> nn.Module | None:
+    """The pooling that brings `[C, H, W]` to `size`, or None where nothing is to do."""
+    h, w = call.shape[-2:]
+    if (h, w) == size:
+        return None
+    if h % size[0] or w % size[1]:
+        return AdaptiveAverage(size)
+    kernel = (h // size[0], w // size[1])
+    return nn.AvgPool2d(kernel, kernel)
+
+
+def adaptive(call: Call) -> list[Step]:
+    pool = _average(call, call.out[-2:])  # type: ignore[arg-type]
+    return [] if pool is None else [pool]
+
+
+def mean(call: Call) -> list[Step]:
+    dims = call.get(1, "dim")
+    dims = (dims,) if isinstance(dims, int) else tuple(dims or ())
+    if len(call.shape) != 3 or {d % 4 for d in dims} != {2, 3}:
+        raise Unsupported(f"mean over dimensions {dims}; the mean over height and width is supported")
+    pool = _average(call, (1, 1))
+    return [*([] if pool is None else [pool]), *reshape(Call((), {}, (call.shape[0], 1, 1), call.out))]
+
+
+def avg_pool(call: Call) -> list[Step]:
+    if call.get(6, "divisor_override") is not None:
+        raise Unsupported("average pooling with divisor_override")
+    kernel = pair(call.get(1, "kernel_size"))
+    stride, pads = pair(call.get(2, "stride") or kernel), pair(call.get(3, "padding", 0))
+    floor = tuple((size + 2 * p - k) // s + 1 for size, p, k, s in zip(call.shape[-2:], pads, kernel, stride))
+    ceil = bool(call.get(4, "ceil_mode", False)) and floor != tuple(call.out[-2:])
+    counts_pads = bool(call.get(5, "count_include_pad", True)) and any(pads)
+    if ceil and counts_pads:
+        raise Unsupported("average pooling with ceil_mode that counts its padding, which runtimes disagree on")
+    return [nn.AvgPool2d(kernel, stride, pads, ceil, counts_pads)]
+
+
+def max_pool(call: Call) -> list[Step]:
+    kernel = call.get(1, "kernel_size")
+    return [nn.MaxPool2d(
+        pair(kernel), pair(call.get(2, "stride") or kernel), pair(call.get(3, "padding", 0)),
+        pair(call.get(4, "dilation", 1)), ceil_mode=call.get(5, "ceil_mode", False),
+    )]  # fmt: skip
+
+
+def pad(call: Call) -> list[Step]:
+    pads, mode, fill = call.get(1, "pad"), call.get(2, "mode", "constant"), call.get(3, "value", None)
+    if mode != "constant" or fill not in (None, 0, 0.0):
+        raise Unsupported(f"padding with mode {mode!r} and value {fill}; zero padding is supported")
+    if len(pads) > 6 or min(pads) < 0 or len(call.shape) != 3:
+        raise Unsupported(f"padding {tuple(pads)}; non-negative padding of channels, height and width is supported")
+    return [Pad(tuple(pads))]
+
+
+def getitem(call: Call) -> list[Step]:
+    index = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
+    if not all(isinstance(i, slice) for i in index) or index[0] != slice(None):
+        raise Unsupported(f"index {index}; slices along channels, height and width are supported")
+    cuts = []
+    for dim, (cut, size) in enumerate(zip(index[1:], call.shape), start=1):
+        start, stop, step = cut.indices(size)  # pyright: ignore[reportGeneralTypeIssues]
+        if (start, stop, step) != (0, size, 1):
+            cuts.append((dim, start, stop, step))
+    return [Slice(tuple(cuts))] if cuts else []
+
+
+def permute(call: Call) -> list[Step]:
+    rank = len(call.shape) + 1
+    dims = call.args[1:] if isinstance(call.args[1], int) else tuple(call.args[1])
+    dims = tuple(d % rank for d in dims)
+    if dims[0] != 0:
+        raise Unsupported(f"permutation {dims} moves the batch dimension")
+    return [Permute(dims)]
+
+
+def transpose(call: Call) -> list[Step]:
+    dims = list(range(len(call.shape) + 1))
+    a, b = call.get(1, "dim0"), call.get(2, "dim1")
+    dims[a], dims[b] = dims[b], dims[a]
+    return permute(Call((None, tuple(dims)), {}, call.shape, call.out))
+
+
+def resize(mode: str | None = None) -> Callable[[Call], list[Step]]:
+    """Interpolation; `mode` where the function's name says it, else its argument."""
+
+    def lower(call: Call) -> list[Step]:
+        asked = mode or call.get(3, "mode", "nearest")
+        align = bool(call.get(4, "align_corners", False)) if mode is None else bool(_align_corners(call, mode))
+        size = (call.out[-2], call.out[-1])
+        if size == tuple(call.shape[-2:]):
+            return []
+        if call.kwargs.get("antialias"):
+            raise Unsupported("interpolation with antialias")
+        if asked == "bilinear":
+            return [ResizeBilinear(size, align)]
+        if asked != "nearest":
+            raise Unsupported(f"interpolation {asked!r}; nearest and bilinear are supported")
+        factor, rest = divmod(size[1], call.shape[-1])
+        if rest or size[0] != factor * call.shape[-2]:
+            return [ResizeNearest(size)]
+        return [nn.UpsamplingNearest2d(scale_factor=factor)]
+
+    return lower
+
+
+def _align_corners(call: Call, mode: str) -> Any:
+    return call.get(2, "align_corners", False) if mode == "bilinear" else False
+
+
+def part(dim: int, start: int, stop: int) -> tuple[slice, ...]:
+    """The index of one part of a split tensor."""
+    return (*[slice(None)] * dim, slice(start, stop))
+
+
+def select_slice(call: Call) -> list[Step]:
+    """aten.slice(x, dim, start, end, step)."""
+    dim, start, stop, step = (call.get(k, n, d) for k, (n, d) in enumerate(
+        (("dim", 0), ("start", None), ("end", None), ("step", 1)), start=1
+    ))  # fmt: skip
+    if dim == 0 and (start or 0, step) == (0, 1):  # the whole batch, or the comparison with the original fails
+        return []
+    index = (*[slice(None)] * (dim % (len(call.shape) + 1)), slice(start, stop, step))
+    return getitem(Call((None, index), {}, call.shape, call.out))

@@ -1,0 +1,45 @@
+"""One run of a network on example images, to learn every shape and what does not depend on the images."""
+
+from typing import Any
+
+from torch import Tensor, fx
+
+from ptq.graph.call import Constant, TensorShape
+
+
+class Recorder(fx.Interpreter):
+    """Runs a graph and keeps, per node, its concrete arguments and result.
+
+    constants: what does not depend on the network's input. same: nodes that gave back one of their arguments, untouched.
+    """
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm, garbage_collect_values=True)
+        self.calls: dict[fx.Node, tuple[tuple[Any, ...], dict[str, Any], Any]] = {}
+        self.constants: dict[fx.Node, Any] = {}
+        self.same: set[fx.Node] = set()
+
+    def run_node(self, n: fx.Node) -> Any:
+        sources = n.all_input_nodes
+        given = {m: self.env[m] for m in sources}
+        recorded = fx.node.map_arg((n.args, n.kwargs), self._argument)  # pyright: ignore[reportAttributeAccessIssue]
+        result = super().run_node(n)
+        if n.op not in ("placeholder", "output") and all(m in self.constants for m in sources):
+            self.constants[n] = result
+        self.calls[n] = (*recorded, shapes_only(result))  # type: ignore[misc]
+        if sources and given[sources[0]] is result:
+            self.same.add(n)
+        return result
+
+    def varies(self, n: fx.Node) -> bool:
+        """Whether a node yields a tensor that depends on the input; nodes that lowering put in do."""
+        return n not in self.constants and (n not in self.calls or isinstance(self.calls[n][2], TensorShape))
+
+    def _argument(self, n: fx.Node) -> Any:
+        if isinstance(self.constants.get(n), Tensor):
+            return Constant(self.constants[n])
+        return shapes_only(self.env[n])
+
+
+def shapes_only(a: Any) -> Any:
+    return fx.node.map_aggregate(a, lambda v: TensorShape(tuple(v.shape)) if isinstance(v, Tensor) else v)  # pyright: ignore[reportAttributeAccessIssue]
