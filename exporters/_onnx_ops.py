@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx, nn
 
-from ptq.errors import ExportError
 from ptq.graph.integer import stored_shift
 from ptq.graph.ops import find_op
 from ptq.quant.affine import QParams
@@ -212,35 +211,34 @@ def _upsample(b: Builder, node: fx.Node, out: str) -> str:
 
 
 def _resize_nearest(b: Builder, node: fx.Node, out: str) -> str:
-    return _resize(b, node, out, mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor")
+    """Rows, then columns, each picked by its index: a Resize rounds positions in its own way."""
+    source = b.inputs(node)[0]
+    sizes = zip(node.all_input_nodes[0].meta["shape"][-2:], b.module(node).size)
+    rows, columns = (
+        F.interpolate(torch.arange(n, dtype=torch.float32).view(1, 1, -1), size=size).flatten().long().numpy()
+        for n, size in sizes
+    )
+    narrow = b.add("Gather", [source, b.constant(f"{out}.rows", rows)], f"{out}.narrow", axis=2)
+    return b.add("Gather", [narrow, b.constant(f"{out}.columns", columns)], out, axis=3)
 
 
 def _resize_bilinear(b: Builder, node: fx.Node, out: str) -> str:
-    corners = "align_corners" if b.module(node).align_corners else "half_pixel"
-    return _resize(b, node, out, mode="linear", coordinate_transformation_mode=corners)
-
-
-def _resize(b: Builder, node: fx.Node, out: str, **how: Any) -> str:
     """By scales: with the sizes of two axes alone, onnxruntime's layout pass loses them."""
-    sizes = zip(node.all_input_nodes[0].meta["shape"][-2:], b.module(node).size)
-    scales = np.array([1, 1, *(resize_scale(n, size, how["mode"]) for n, size in sizes)], dtype=np.float32)
-    return b.add("Resize", [*b.inputs(node), "", b.constant(f"{out}.scales", scales)], out, **how)
+    m, shape = b.module(node), node.all_input_nodes[0].meta["shape"]
+    scales = np.array([1, 1, *(resize_scale(n, size) for n, size in zip(shape[-2:], m.size))], dtype=np.float32)
+    return b.add(
+        "Resize", [*b.inputs(node), "", b.constant(f"{out}.scales", scales)], out, mode="linear",
+        coordinate_transformation_mode="align_corners" if m.align_corners else "half_pixel",
+    )  # fmt: skip
 
 
-def resize_scale(length: int, size: int, mode: str) -> np.float32:
-    """The float32 scale that brings `length` to `size` pixels in runtimes, and to the nearest ones that torch takes.
-
-    Raises:
-        ExportError: there is none.
-    """
-    at, pixels = np.arange(size, dtype=np.float32), torch.arange(length, dtype=torch.float32)
-    nearest = F.interpolate(pixels[None, None], size=size, mode="nearest")[0, 0].long().numpy()
-    for scale in (s := np.float32(size / length), np.nextafter(s, np.float32(0)), np.nextafter(s, np.float32(2) * s)):
-        same = mode != "nearest" or np.array_equal(np.floor(at / scale).astype(int), nearest)
-        # onnxruntime multiplies in float32, the checker in float64.
-        if int(np.float32(length) * scale) == int(length * float(scale)) == size and same:
-            return scale
-    raise ExportError(f"no float32 scale brings {length} pixels to {size} as torch does; take another input size")
+def resize_scale(length: int, size: int) -> np.float32:
+    """The float32 scale that brings `length` to `size` pixels in onnxruntime, which multiplies in float32, and in the checker,
+    which does in float64."""
+    scale = np.float32(size / length)
+    while int(np.float32(length) * scale) < size or int(length * float(scale)) < size:
+        scale = np.nextafter(scale, np.float32(np.inf))
+    return scale
 
 
 def _adaptive_average(b: Builder, node: fx.Node, out: str) -> str:
