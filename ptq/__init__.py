@@ -18,6 +18,7 @@ from ptq.errors import (
     ReconstructionError,
     SpecError,
 )
+from ptq.exporters._vectors import write_vectors
 from ptq.mixed_precision import BitSensitivity, bit_sensitivity
 from ptq.pipeline import export, quantize
 from ptq.similarity import Similarity
@@ -29,5 +30,5 @@ load = QuantizedModel.load
 __all__ = [
     "ArtifactError", "BitConfig", "BitSensitivity", "CalibrationError", "ExportError", "ModelError", "PluginError", "PtqError",
     "QuantizedModel", "ReconstructionError", "Similarity", "SpecError", "Synthesis", "bit_sensitivity", "data_similarity",
-    "export", "load", "quantize", "synthesize",
+    "export", "load", "quantize", "synthesize", "write_vectors",
 ]  # fmt: skip

@@ -22,6 +22,7 @@ from ptq.cli_sensitivity import run_sensitivity
 from ptq.contracts import CalibrationContext, Presets
 from ptq.errors import ArtifactError, ExportError, PtqError, ReconstructionError, SpecError
 from ptq.evaluate import check_labels, onnx_runner, runner, top1
+from ptq.exporters._vectors import write_vectors
 from ptq.graph.fold_bn import fold_batch_norm
 from ptq.graph.plan import make_plan
 from ptq.graph.trace import trace
@@ -237,6 +238,10 @@ def _export(args: argparse.Namespace) -> int:
     Console().print(
         f"{path}: passed; same class as the simulation on {100 * proof['top1_agreement']:.2f} % of {proof['images']} inputs"
     )
+    if args.vectors:
+        Console().print(
+            f"{write_vectors(qm, proof_images(qm)[: args.vectors], path.parent / 'vectors')}: golden vectors"
+        )
     return 0
 
 

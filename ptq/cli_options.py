@@ -195,6 +195,10 @@ def _export_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("folder", type=Path, help="what 'ptq quantize -o' wrote")
     p.add_argument("--target", default="onnx_qdq", help="exporter, see ptq list; default onnx_qdq")
     p.add_argument(
+        "--vectors", type=int, metavar="IMAGES",
+        help="write golden vectors too: what every layer reads, accumulates and yields on so many images, as integers",
+    )  # fmt: skip
+    p.add_argument(
         "-o", "--output", type=Path, help="file to write; default: model and the target's suffix, in the folder"
     )
 

@@ -13,7 +13,7 @@ from ptq.artifact import QuantizedModel
 PUBLIC = [
     "ArtifactError", "BitConfig", "BitSensitivity", "CalibrationError", "ExportError", "ModelError", "PluginError", "PtqError",
     "QuantizedModel", "ReconstructionError", "Similarity", "SpecError", "Synthesis", "bit_sensitivity", "data_similarity",
-    "export", "load", "quantize", "synthesize",
+    "export", "load", "quantize", "synthesize", "write_vectors",
 ]  # fmt: skip
 
 

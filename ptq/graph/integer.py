@@ -45,10 +45,14 @@ class _Quantizer(nn.Module):
 
 
 class IntegerLayer(nn.Module):
-    """A convolution or linear layer on codes: `[B, …]` on the input's grid → the int32 accumulator, as float."""
+    """A convolution or linear layer on codes: `[B, …]` on the input's grid → the int32 accumulator, as float.
 
-    def __init__(self, layer: nn.Module, source: QParams) -> None:
+    path: where the layer stands in the network.
+    """
+
+    def __init__(self, layer: nn.Module, source: QParams, path: str) -> None:
         super().__init__()
+        self.path = path
         held, bias = integer_codes(layer, "weight"), integer_codes(layer, "bias") if layer.bias is not None else None
         assert held is not None
         codes, q = held
@@ -177,7 +181,7 @@ def _replace_quantizer(gm: fx.GraphModule, node: fx.Node, student: fx.GraphModul
         return
     sources = [QParams(g.scale.detach(), g.qparams.zero_point, g.spec) for g in grids if g is not None]
     if op.role == "weighted" and integer_codes(gm.get_submodule(str(producer.target)), "weight") is not None:
-        layer = IntegerLayer(gm.get_submodule(str(producer.target)), sources[0])
+        layer = IntegerLayer(gm.get_submodule(str(producer.target)), sources[0], str(producer.target))
         total = _insert(gm, node, layer, (producer.all_input_nodes[0],), "layer")
         _become(gm, node, Requantize(layer, q, bounds), (total,))  # type: ignore[operator]
     elif producer.target is operator.add:
@@ -195,7 +199,7 @@ def _replace_quantizer(gm: fx.GraphModule, node: fx.Node, student: fx.GraphModul
 
 
 def _replace_result(gm: fx.GraphModule, node: fx.Node, source: QParams) -> None:
-    layer = IntegerLayer(gm.get_submodule(str(node.target)), source)
+    layer = IntegerLayer(gm.get_submodule(str(node.target)), source, str(node.target))
     total = _insert(gm, node, layer, (node.all_input_nodes[0],), "layer")
     _become(gm, node, Rescale(layer), (total,))  # type: ignore[arg-type]
 

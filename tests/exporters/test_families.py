@@ -1,0 +1,40 @@
+"""Networks of torchvision, random weights, through everything: whatever comes out computes what was simulated."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+families = pytest.importorskip("families", reason="torchvision is not installed", exc_type=ImportError)
+
+# Where every operation has an integer kernel, not one output differs.
+EQUAL = [
+    "efficientnet_b0",
+    "googlenet",
+    "mnasnet0_5",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "resnet18",
+    "shufflenet_v2_x0_5",
+]
+CLOSE = ["lraspp_mobilenet_v3_large", "regnet_y_400mf", "squeezenet1_1"]  # a float operation somewhere inside
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", ["w8a8", "w4a4"])
+@pytest.mark.parametrize("name", EQUAL + CLOSE)
+def test_family(name: str, bits: str):
+    row = families.covered(name, bits)
+    assert row["exported"] == "yes", row["why not"]
+    done, _, planned = row["integer layers"].partition(" of ")
+    assert done == planned and row["float layers"] == 0 and row["worst steps"] <= 1
+    if name in EQUAL:
+        assert row["differing outputs"].startswith("0 of ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["swin_t"])
+def test_what_cannot_be_quantized_says_why(name: str):
+    row = families.covered(name, "w8a8")
+    assert row["quantized"] == "no" and row["why not"].startswith(("unknown operation", "unknown module"))
