@@ -7,7 +7,7 @@ from typing import Any
 
 from ptq.contracts import EFFORTS
 from ptq.quant.ranges import RANGES
-from ptq.spec import ACTIVATIONS, EDGES, WEIGHTS
+from ptq.spec import ACTIVATIONS, EDGES, SCALES, WEIGHTS
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -131,6 +131,9 @@ def _model_options(p: argparse.ArgumentParser) -> None:
         "--activations", choices=ACTIVATIONS,
         help="unsigned codes with a zero point where needed, or signed codes symmetric about 0; default unsigned",
     )  # fmt: skip
+    p.add_argument(
+        "--scales", choices=SCALES, help="free, or power_of_two, so that hardware rescales by shifts; default free"
+    )
     p.add_argument(
         "--set", dest="layers", action="append", metavar="LAYER=BITS",
         help="widths of the layers that match, 'layer3.*=w8a8', fc=w8, conv1=a8; may be repeated, the last match counts",

@@ -47,6 +47,7 @@ def quantize(
     adds: int = 8,
     weights: str = "auto",
     activations: str = "unsigned",
+    scales: str = "free",
     layers: Iterable[str | Override] = (),
     plan: QuantPlan | str | Path | None = None,
     effort: str = "standard",
@@ -75,7 +76,7 @@ def quantize(
         ranges: how scales are chosen, see `ptq.quant.ranges`: "lp_best", "lp:2", "percentile:99.9", "minmax", …
         finish: a joint pass over all layers after rounding: "logits", with options, or a finisher object.
         repair: "equalize", "bias", "analytic_bias", "statistics", joined by +; see `ptq.spec.Repair`.
-        edges, adds, weights, activations: where which grid goes, see `ptq.spec.PlanRules`.
+        edges, adds, weights, activations, scales: where which grid goes, see `ptq.spec.PlanRules`.
         layers: widths of single layers, "layer3.*=w8a8", "fc=w8", "conv1=float"; of several that match, the last counts.
         plan: every width, in place of `bits` and the rules: a plan or the `plan.json` of an earlier run.
         effort: "quick", "standard" or "full" (the papers' numbers): defaults for what `data` and `rounding` leave open.
@@ -95,7 +96,7 @@ def quantize(
         SpecError, PluginError, ModelError, CalibrationError, ExportError, ReconstructionError: a bad argument, before any
             work is spent, or a network that cannot be served; the message says what to do.
     """
-    rules = PlanRules(edges, adds, weights, activations, tuple(map(_override, layers)))
+    rules = PlanRules(edges, adds, weights, activations, scales, tuple(map(_override, layers)))
     if plan is not None and rules.overrides:
         raise SpecError(f"a plan and {rules.overrides[0]} given; a plan says every width already")
     wanted = None if plan is not None else read_bits(bits)
@@ -134,7 +135,7 @@ def quantize(
     asked = "plan" if wanted is None else str(wanted)
     recipe = {
         "bits": asked, "data": _describe(images_from), "rounding": plugins.describe(method), "ranges": ranges,
-        "edges": edges, "adds": adds, "weights": weights, "activations": activations,
+        "edges": edges, "adds": adds, "weights": weights, "activations": activations, "scales": scales,
         "layers": [str(o) for o in rules.overrides], "repair": str(mends),
         "finish": None if finisher is None else plugins.describe(finisher),
         "seed": seed, "device": str(device), "further_teachers": len(teachers),

@@ -9,6 +9,7 @@ from ptq.errors import SpecError
 EDGES = ("brecq", "qdrop", "all")
 WEIGHTS = ("auto", "symmetric", "asymmetric")
 ACTIVATIONS = ("unsigned", "signed")
+SCALES = ("free", "power_of_two")
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +18,7 @@ class QuantSpec:
 
     A symmetric signed grid is narrow (−127…127 at 8 bits), so that a weight and its negative are both on it; the
     asymmetric signed grid uses every code (−8…7 at 4 bits). `axis` is the dimension with one scale per index, or None
-    for one scale in all.
+    for one scale in all. `power_of_two`: scales are powers of two, so that hardware rescales by shifts.
 
     Raises:
         SpecError: `bits` outside 2…8.
@@ -27,6 +28,7 @@ class QuantSpec:
     signed: bool
     symmetric: bool
     axis: int | None = None
+    power_of_two: bool = False
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -148,6 +150,7 @@ class PlanRules:
     weights: "symmetric", "asymmetric" (a zero point per channel), or "auto": asymmetric below `asymmetric_below` bits, as
         GENIE-M does; wider ones symmetric, which integer kernels run faster.
     activations: "unsigned" codes, with a zero point where a tensor has negative values, or "signed": symmetric about 0.
+    scales: "free", or "power_of_two": every scale, which training then leaves alone.
     overrides: widths of single layers; of several that match, the last counts.
 
     Raises:
@@ -158,12 +161,14 @@ class PlanRules:
     adds: int = 8
     weights: str = "auto"
     activations: str = "unsigned"
+    scales: str = "free"
     overrides: tuple[Override, ...] = ()
     asymmetric_below: int = 5
 
     def __post_init__(self) -> None:
         for what, given, known in (
             ("edge", self.edges, EDGES), ("weight", self.weights, WEIGHTS), ("activation", self.activations, ACTIVATIONS),
+            ("scale", self.scales, SCALES),
         ):  # fmt: skip
             if given not in known:
                 raise SpecError(f"unknown {what} setting {given!r}; known: {', '.join(known)}")

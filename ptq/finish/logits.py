@@ -143,7 +143,8 @@ class Logits:
             original: Tensor = reference.get_submodule(str(node.target)).weight  # type: ignore[assignment]
             grid = _Undecided(*held, original.detach())
             swap(layer, "weight", grid)
-            train(grid.gain, self.lr_weight)
+            if not grid.spec.power_of_two:
+                train(grid.gain, self.lr_weight)
             if self.lr_round > 0:
                 grid.v.requires_grad_(True)
                 groups.append({"params": [grid.v], "lr": self.lr_round})
@@ -152,7 +153,7 @@ class Logits:
                 train(layer.parametrizations["bias"].original, self.lr_bias)  # type: ignore[index, arg-type]
         stem = input_value_node(student)
         for path, module in student.named_modules():
-            if isinstance(module, ActFakeQuant) and path != str(stem.target):
+            if isinstance(module, ActFakeQuant) and path != str(stem.target) and not module.spec.power_of_two:
                 train(module.scale, self.lr_act)
         return groups
 

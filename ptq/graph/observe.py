@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from ptq.graph.ops import moves, weighted_nodes
 from ptq.graph.plan import QuantPlan
 from ptq.quant.affine import QParams
-from ptq.quant.ranges import Estimator, minmax
+from ptq.quant.ranges import Estimator, minmax, next_power_of_two
 
 # Elements kept per value, whatever the number of images; every value's minimum and maximum are kept besides.
 _SAMPLES = 2**18
@@ -95,6 +95,7 @@ def weight_params(
         source = node.all_input_nodes[0].meta["value"]
         if layer.bias is not None and source in plan.values:
             least = layer.bias.detach().abs() / (_LARGEST_BIAS * acts[plan.group(source)].scale)  # type: ignore[operator]
+            least = next_power_of_two(least) if q.spec.power_of_two else least
             q = replace(q, scale=torch.maximum(q.scale, least))
         params[path] = q
     return params

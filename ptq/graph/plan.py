@@ -85,12 +85,13 @@ def make_plan(gm: fx.GraphModule, bits: BitConfig, rules: PlanRules) -> QuantPla
     groups = _tie(gm, quantized)
     positive = _nonnegative(gm)
     values: dict[str, QuantSpec] = {}
+    shifts = rules.scales == "power_of_two"
     for members in groups:
         width = _width(gm, members, layers, chosen, bits, rules)
         if rules.activations == "signed":
-            spec = QuantSpec(width, signed=True, symmetric=True)
+            spec = QuantSpec(width, signed=True, symmetric=True, power_of_two=shifts)
         else:  # both kinds of grid have unsigned codes; a tensor with negative values has a zero point instead
-            spec = QuantSpec(width, signed=False, symmetric=all(positive[n] for n in members))
+            spec = QuantSpec(width, signed=False, symmetric=all(positive[n] for n in members), power_of_two=shifts)
         values |= {n.meta["value"]: spec for n in members}
     order = {n.meta["value"]: values[n.meta["value"]] for n in quantized}
     ties = tuple(frozenset(n.meta["value"] for n in members) for members in groups if len(members) > 1)
@@ -119,7 +120,8 @@ def _weight_spec(
 ) -> QuantSpec:
     edge = rules.edges != "all" and node in (layers[0], layers[-1])
     width = override.weight or (bits.edge if edge else bits.weight)
-    return QuantSpec(width, signed=True, symmetric=rules.symmetric(width), axis=0)
+    shifts = rules.scales == "power_of_two"
+    return QuantSpec(width, signed=True, symmetric=rules.symmetric(width), axis=0, power_of_two=shifts)
 
 
 def _without_skipped(

@@ -6,6 +6,7 @@ least and greatest value of each image, where `x` are activations; None for weig
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -38,12 +39,21 @@ def _grid(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """
     if spec.symmetric:
         bound = torch.maximum(high, -low) if spec.signed else high
-        return bound / spec.qmax, torch.zeros_like(bound)
+        scale = bound / spec.qmax
+        return (next_power_of_two(scale) if spec.power_of_two else scale), torch.zeros_like(bound)
     scale = (high - low) / (spec.qmax - spec.qmin)
+    if spec.power_of_two:
+        scale = next_power_of_two(scale)
     offset = -low / scale.clamp_min(torch.finfo(scale.dtype).tiny)
     zero = torch.round(offset) if spec.axis is not None else 2 * torch.round(offset / 2)
     last = spec.qmax if spec.axis is not None else spec.qmax - 1  # qmax is odd
     return scale, (spec.qmin + zero).clamp(spec.qmin, last)
+
+
+def next_power_of_two(scale: Tensor) -> Tensor:
+    """The smallest powers of two that are not below `scale`; 0 stays."""
+    mantissa, exponent = torch.frexp(scale)
+    return torch.where(scale > 0, torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int()), scale)
 
 
 def _bounds(flat: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,7 +98,7 @@ def lp(x: Tensor, spec: QuantSpec, ends: Tensor | None = None, *, p: float = 2.4
     """
     flat = _per_channel(x, spec)
     low, high = _bounds(flat)
-    row = QuantSpec(spec.bits, spec.signed, spec.symmetric, axis=0)
+    row = replace(spec, axis=0)
     even = spec.axis is None
     best_error = torch.full_like(high, torch.inf)
     best_scale, best_zero = torch.ones_like(high), torch.zeros_like(high)

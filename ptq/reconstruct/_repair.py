@@ -123,6 +123,8 @@ def _match(layer: nn.Module, wanted: tuple[Tensor, Tensor], found: tuple[Tensor,
         held = integer_codes(layer, "weight")
         assert held is not None
         codes, q = held
+        if q.spec.power_of_two:
+            gain = torch.ones_like(gain)
         store_integer(layer, "weight", codes, QParams((q.scale.detach() * gain).float(), q.zero_point, q.spec))
     # z_q is scaled without its bias; the rest of the mean is the bias's.
     swap(layer, "bias", FloatBias(), (mean - gain * (mean_q - bias)).float())

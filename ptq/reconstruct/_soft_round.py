@@ -126,8 +126,8 @@ def attach_soft(o: SoftOptions, block: nn.Module, rng: torch.Generator, lr_scale
     """Makes a block's rounding learnable; Adam's parameter groups.
 
     Soft bits of every layer at `lr_round` (see `sped_up`); where their rates are above 0, weight scales at `lr_scale` and the
-    scales of activation quantizers that are not settled yet at `lr_act`, along a cosine. Activation quantizers skip elements
-    with probability `drop`.
+    scales of activation quantizers that are not settled yet at `lr_act`, along a cosine; powers of two stay what they are.
+    Activation quantizers skip elements with probability `drop`.
 
     A scale's rate is at most `scale_step` of the scale itself a step. The papers' absolute rates suit scales near 0.1; on an
     8-bit grid, with scales near 0.002, they would be a twentieth of the scale in each step.
@@ -143,11 +143,11 @@ def attach_soft(o: SoftOptions, block: nn.Module, rng: torch.Generator, lr_scale
         if isinstance(weight_grid(layer) if hasattr(layer, "weight") else None, WeightFakeQuant):
             soft = soften(layer)
             groups.append({"params": [soft.v], "lr": lr_round, "cosine": False})
-            if lr_scale > 0:
+            if lr_scale > 0 and not soft.spec.power_of_two:
                 train(soft.gain, min(lr_scale / float(soft.scale.detach().median()), o.scale_step))
         elif isinstance(layer, ActFakeQuant):
             layer.drop, layer.mask_rng = o.drop, rng
-            if not layer.frozen and o.lr_act > 0:
+            if not (layer.frozen or layer.spec.power_of_two) and o.lr_act > 0:
                 train(layer.scale, min(o.lr_act, o.scale_step * float(layer.scale.detach())))
     return groups
 
