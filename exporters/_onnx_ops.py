@@ -8,9 +8,9 @@ import onnx
 import torch
 import torch.nn.functional as F
 from onnx import TensorProto, helper, numpy_helper
+from ptq.exporters._profiles import PROFILES, Profile
 from torch import Tensor, fx, nn
 
-from ptq.graph.integer import stored_shift
 from ptq.graph.ops import find_op
 from ptq.quant.affine import QParams
 from ptq.quant.fake_quant import integer_codes
@@ -19,8 +19,8 @@ from ptq.quant.fake_quant import integer_codes
 class Builder:
     """Collects nodes and initializers of one ONNX graph; `names` maps each FX node to its (float) tensor."""
 
-    def __init__(self, gm: fx.GraphModule) -> None:
-        self.gm = gm
+    def __init__(self, gm: fx.GraphModule, profile: Profile = PROFILES["ort"]) -> None:
+        self.gm, self.profile = gm, profile
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
         self.names: dict[fx.Node, str] = {}
@@ -37,10 +37,15 @@ class Builder:
 
     def int4(self, name: str, codes: np.ndarray) -> str:
         """Adds an INT4 initializer, two codes a byte, the first in the low half."""
+        return self.four_bits(name, codes, True)
+
+    def four_bits(self, name: str, codes: np.ndarray, signed: bool) -> str:
+        """Adds an INT4 or UINT4 initializer, packed likewise."""
         flat = codes.astype(np.int8).reshape(-1)
         flat = np.append(flat, np.int8(0)) if flat.size % 2 else flat
         packed = ((flat[0::2] & 0xF) | ((flat[1::2] & 0xF) << 4)).astype(np.uint8)
-        self.initializers[name] = helper.make_tensor(name, TensorProto.INT4, codes.shape, packed.tobytes(), raw=True)
+        kind = TensorProto.INT4 if signed else TensorProto.UINT4
+        self.initializers[name] = helper.make_tensor(name, kind, codes.shape, packed.tobytes(), raw=True)
         return name
 
     def module(self, node: fx.Node) -> Any:
@@ -67,12 +72,17 @@ def _weight(b: Builder, node: fx.Node, transpose: bool = False) -> str:
         return b.constant(f"{path}.weight", weight.T if transpose else weight)
     codes, q = held[0].cpu().numpy(), held[1]
     codes = codes.T if transpose else codes
-    if q.spec.bits <= 4:
+    axis = 1 if transpose else 0
+    if q.spec.bits <= 4 and b.profile.weights != "bytes":
         packed = b.int4(f"{path}.weight.int4", codes)
+        if b.profile.weights == "packed":
+            scale = b.constant(f"{path}.weight.scale", q.scale.detach().cpu().numpy())
+            zero = b.int4(f"{path}.weight.zero_point", q.zero_point.cpu().numpy())
+            return b.add("DequantizeLinear", [packed, scale, zero], f"{path}.weight", axis=axis)
         stored = b.add("Cast", [packed], f"{path}.weight.codes", to=TensorProto.INT8)
     else:
         stored = b.constant(f"{path}.weight.codes", codes.astype(np.int8))
-    return _dequantize(b, stored, f"{path}.weight", q, np.int8, axis=1 if transpose else 0)
+    return _dequantize(b, stored, f"{path}.weight", q, np.int8, axis=axis)
 
 
 def _bias(b: Builder, node: fx.Node) -> list[str]:
@@ -81,7 +91,7 @@ def _bias(b: Builder, node: fx.Node) -> list[str]:
     if layer.bias is None:
         return []
     held = integer_codes(layer, "bias")
-    if held is None:
+    if held is None or b.profile.biases == "float":
         return [b.constant(f"{path}.bias", layer.bias.detach().cpu().numpy())]
     codes = b.constant(f"{path}.bias.codes", held[0].cpu().numpy().astype(np.int32))
     return [_dequantize(b, codes, f"{path}.bias", held[1], None, axis=0)]
@@ -95,19 +105,29 @@ def _dequantize(b: Builder, codes: str, output: str, q: QParams, zero_type: Any,
 
 
 def quantize_value(b: Builder, x: str, name: str, q: QParams, bounds: tuple[int, int]) -> str:
-    """QuantizeLinear, a Clip of the codes to `bounds` where the 8-bit container reaches further, DequantizeLinear.
+    """QuantizeLinear, a Clip to `bounds` where the container reaches further, DequantizeLinear; see `_profiles`.
 
-    Signed codes are stored 128 higher, as bytes: onnxruntime has no integer kernel for a Clip of int8.
+    For onnxruntime, signed codes are stored 128 higher, as bytes: it has no integer kernel for a Clip of int8.
     """
-    shift = stored_shift(q)
+    shift, unsigned = b.profile.shift(q.spec), b.profile.container == "unsigned"
     scale = b.constant(f"{name}.scale", q.scale.detach().cpu().numpy())
-    zero = b.constant(f"{name}.zero_point", (q.zero_point.cpu().numpy() + shift).astype(np.uint8))
     low, high = bounds[0] + shift, bounds[1] + shift
-    whole = (low, high) == (0, 255)
-    codes = b.add("QuantizeLinear", [x, scale, zero], f"{name}.codes" if whole else f"{name}.wide")
-    if not whole:
-        ends = [b.constant(f"codes.{v}", np.array(v, dtype=np.uint8)) for v in (low, high)]
-        codes = b.add("Clip", [codes, *ends], f"{name}.codes")
+    if b.profile.native(q.spec):
+        zero = b.four_bits(f"{name}.zero_point", q.zero_point.cpu().numpy(), q.spec.signed)
+        (low, high), ends_of_type = bounds, (-8, 7) if q.spec.signed else (0, 15)
+    else:
+        kind = np.uint8 if unsigned else np.int8
+        zero = b.constant(f"{name}.zero_point", (q.zero_point.cpu().numpy() + shift).astype(kind))
+        ends_of_type = (0, 255) if unsigned else (-128, 127)
+    if (low, high) == ends_of_type:
+        codes = b.add("QuantizeLinear", [x, scale, zero], f"{name}.codes")
+    elif b.profile.narrow == "clip codes":
+        ends = [b.constant(f"codes.{v}", np.array(v, dtype=np.uint8 if unsigned else np.int8)) for v in (low, high)]
+        codes = b.add("Clip", [b.add("QuantizeLinear", [x, scale, zero], f"{name}.wide"), *ends], f"{name}.codes")
+    else:  # the ends are on the grid, and rounding is monotone: clipping before or after it is the same
+        real = [float(q.scale) * (v - int(q.zero_point)) for v in bounds]
+        ends = [b.constant(f"{name}.{k}", np.array(v, dtype=np.float32)) for k, v in zip(("low", "high"), real)]
+        codes = b.add("QuantizeLinear", [b.add("Clip", [x, *ends], f"{name}.clipped"), scale, zero], f"{name}.codes")
     return b.add("DequantizeLinear", [codes, scale, zero], name)
 
 

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, fx
 
 from ptq.errors import ExportError
-from ptq.graph.integer import stored_shift
 from ptq.quant.affine import dequantize, quantize
 from ptq.quant.fake_quant import ActFakeQuant
 
@@ -73,15 +72,23 @@ def open_session(
 
 
 def compare(
-    student: fx.GraphModule, integer: fx.GraphModule, path: Path, images: Tensor, batch_size: int
+    student: fx.GraphModule,
+    integer: fx.GraphModule,
+    path: Path,
+    images: Tensor,
+    batch_size: int,
+    *,
+    literal: bool = False,
 ) -> dict[str, Any]:
     """The comparison of a file with the student and its integer network on images [N, C, H, W], as plain data.
+
+    literal: run the file end to end as it is written, too.
 
     `passed` says how it ended and `failure` why; see the module's text for the bounds.
     """
     tensors, result_error = _per_tensor(student, path, images, batch_size)
     simulated = torch.cat([_run(integer, x) for x in images.split(batch_size)])
-    session = open_session(path)
+    session = open_session(path, literal=literal)
     real = torch.cat([torch.from_numpy(session.run(None, {"input": x.numpy()})[0]) for x in images.split(batch_size)])
     same = (simulated.argmax(1) == real.argmax(1)).double()
     noise = float((real - simulated).double().square().sum())
@@ -93,7 +100,7 @@ def compare(
         "tensors": [asdict(t) for t in tensors],
     }  # fmt: skip
     failure = _failure(tensors, found, same.numel(), bool(torch.isfinite(real).all()))
-    return {"passed": failure is None, "failure": failure, **found, **count_kernels(path)}
+    return {"passed": failure is None, "failure": failure, **found, **count_kernels(path, literal=literal)}
 
 
 def _failure(tensors: list[TensorParity], found: dict[str, Any], count: int, finite: bool) -> str | None:
@@ -122,11 +129,11 @@ def _run(gm: fx.GraphModule, x: Tensor) -> Tensor:
 
 
 class _Forced(fx.Interpreter):
-    """Runs the simulation, replacing each quantized value by the runtime's codes after comparing the two."""
+    """Runs the simulation, replacing each quantized value by the runtime's after comparing the two."""
 
-    def __init__(self, gm: fx.GraphModule, codes: dict[str, np.ndarray], found: dict[str, TensorParity]) -> None:
+    def __init__(self, gm: fx.GraphModule, values: dict[str, np.ndarray], found: dict[str, TensorParity]) -> None:
         super().__init__(gm)
-        self.codes, self.found = codes, found
+        self.values, self.found = values, found
 
     def run_node(self, n: fx.Node) -> Any:
         module = self.module.get_submodule(str(n.target)) if n.op == "call_module" else None
@@ -134,7 +141,7 @@ class _Forced(fx.Interpreter):
             return super().run_node(n)
         name = n.meta["value"]
         q, x = module.qparams, self.env[n.all_input_nodes[0]]
-        theirs = torch.from_numpy(self.codes[name].astype(np.int32)).to(x.device) - stored_shift(q)
+        theirs = quantize(torch.from_numpy(self.values[name]).to(x.device), q)  # real values on the grid: exact
         gap = (quantize(x, q) - theirs).abs()
         # Half-way between two codes, as means of equal scales often are, float noise decides: both are right.
         exact = (x.double() / q.scale.double() + q.zero_point).clamp(q.spec.qmin, q.spec.qmax)
@@ -154,25 +161,26 @@ def _per_tensor(gm: fx.GraphModule, path: Path, images: Tensor, batch_size: int)
     nodes = [n for n in gm.graph.nodes if n.op == "call_module" and f"{n.meta.get('value')}.codes" in inside]
     values = [n.meta["value"] for n in nodes]
     kinds = {info.name: info for info in onnx.shape_inference.infer_shapes(model).graph.value_info}
-    model.graph.output.extend(kinds[f"{v}.codes"] for v in values)
+    outputs = {v: next(n.output[0] for n in model.graph.node if n.input[0] == f"{v}.codes") for v in values}
+    model.graph.output.extend(kinds[name] for name in outputs.values())
     session = open_session(model.SerializeToString(), literal=True)
     found: dict[str, TensorParity] = {}
     worst = 0.0
     device = next((p.device for p in gm.parameters()), torch.device("cpu"))
     with torch.no_grad():
         for x in images.split(batch_size):
-            *codes, theirs = session.run([*(f"{v}.codes" for v in values), "output"], {"input": x.numpy()})
-            ours = _Forced(gm, dict(zip(values, codes)), found).run(x.to(device)).cpu()  # pyright: ignore[reportArgumentType]
+            *reals, theirs = session.run([*outputs.values(), "output"], {"input": x.numpy()})
+            ours = _Forced(gm, dict(zip(values, reals)), found).run(x.to(device)).cpu()  # pyright: ignore[reportArgumentType]
             gap = float((ours - torch.from_numpy(theirs)).abs().max() / ours.abs().max().clamp_min(1e-30))
             worst = max(worst, gap) if gap == gap else float("inf")
     return list(found.values()), worst
 
 
-def count_kernels(path: Path) -> dict[str, Any]:
+def count_kernels(path: Path, *, literal: bool = False) -> dict[str, Any]:
     """How many weighted layers onnxruntime runs in integer and in float, from the graph it optimized; float ones by name."""
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
-        open_session(path, optimized)
+        open_session(path, optimized, literal=literal)
         nodes = onnx.load(str(optimized)).graph.node
     kinds = Counter(n.op_type for n in nodes)
     return {

@@ -15,11 +15,12 @@ import onnx
 from onnx import TensorProto, helper
 from ptq.exporters._onnx_ops import EMITTERS, Builder, absorbed_pad, quantize_value
 from ptq.exporters._parity import compare
+from ptq.exporters._profiles import PROFILES, Profile
 from torch import Tensor, fx
 
 from ptq.artifact import QuantizedModel
 from ptq.contracts import Presets
-from ptq.errors import ExportError
+from ptq.errors import ExportError, SpecError
 from ptq.graph.insert import quantizer_of
 from ptq.graph.integer import code_bounds
 from ptq.graph.ops import find_op, input_node, output_node
@@ -34,15 +35,23 @@ _OPSET, _IR = 21, 10  # the first opset with INT4, and its file format
 
 @dataclass(frozen=True)
 class OnnxQdq:
-    """QDQ ONNX for onnxruntime. batch_size: images at a time when the file is verified."""
+    """QDQ ONNX. profile: the target that the file is rendered for. batch_size: images at a time when it is verified."""
 
+    profile: str = "ort"
     batch_size: int = 64
 
     suffix: ClassVar[str] = ".onnx"
     presets: ClassVar[Presets] = {}
+    positional: ClassVar[str] = "profile"
+
+    def __post_init__(self) -> None:
+        if self.profile not in PROFILES:
+            raise SpecError(f"unknown target profile {self.profile!r}; known: {', '.join(PROFILES)}")
 
     def check(self, graph: fx.GraphModule, plan: QuantPlan) -> None:
-        """Raises ExportError, naming the value, if an operation has no ONNX form here."""
+        """Raises ExportError, naming layer or value and the remedy, if the target cannot do what is planned."""
+        for objection in PROFILES[self.profile].objections(plan):
+            raise ExportError(f"{self.profile} cannot take this plan: {objection}")
         for node in graph.graph.nodes:
             op = find_op(graph, node)
             if op is not None and op.role != "quant" and op.name not in EMITTERS:
@@ -54,7 +63,7 @@ class OnnxQdq:
         Raises:
             ExportError: the network cannot be written or the written model is not valid ONNX.
         """
-        model = build_model(qm)
+        model = build_model(qm, PROFILES[self.profile])
         try:
             onnx.checker.check_model(model, full_check=True)
             onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
@@ -65,7 +74,7 @@ class OnnxQdq:
 
     def verify(self, qm: QuantizedModel, path: Path, images: Tensor) -> dict[str, Any]:
         """Runs the file in onnxruntime and compares it with the simulation; see `_parity.compare`."""
-        return compare(qm.student, qm.graph, path, images, self.batch_size)
+        return compare(qm.student, qm.graph, path, images, self.batch_size, literal=PROFILES[self.profile].literal)
 
     @classmethod
     def smoke(cls, folder: Path) -> Self:
@@ -73,10 +82,10 @@ class OnnxQdq:
         return cls()
 
 
-def build_model(qm: QuantizedModel) -> onnx.ModelProto:
+def build_model(qm: QuantizedModel, profile: Profile = PROFILES["ort"]) -> onnx.ModelProto:
     """The ONNX model of a quantized network."""
     gm = qm.student
-    b = Builder(gm)
+    b = Builder(gm, profile)
     source, result = input_node(gm), output_node(gm)
     b.names[source] = "input"
     for node in gm.graph.nodes:

@@ -174,7 +174,8 @@ def _quantize_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--target",
         default="onnx_qdq",
-        help="exporter, see ptq list; none writes no file for a runtime; default onnx_qdq",
+        help="ort, openvino, tensorrt, qnn, tflite, stm32, pot, native, or another exporter of ptq list; none writes no file for a "
+        "runtime; default onnx_qdq, which is ort",
     )
     p.add_argument(
         "--val", type=Path, help="labelled pictures for top-1: folder or .npz (x, y); never used to choose anything"
@@ -196,7 +197,10 @@ def _inspect_options(p: argparse.ArgumentParser) -> None:
 
 def _export_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("folder", type=Path, help="what 'ptq quantize -o' wrote")
-    p.add_argument("--target", default="onnx_qdq", help="exporter, see ptq list; default onnx_qdq")
+    p.add_argument(
+        "--target", default="onnx_qdq", help="ort, openvino, tensorrt, qnn, tflite, stm32, pot, native, or an exporter of ptq list; "
+        "default onnx_qdq, which is ort",
+    )  # fmt: skip
     p.add_argument(
         "--vectors", type=int, metavar="IMAGES",
         help="write golden vectors too: what every layer reads, accumulates and yields on so many images, as integers",

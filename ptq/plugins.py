@@ -63,8 +63,9 @@ def build(kind: Kind, text: str, effort: str = "full") -> Any:
         PluginError: unknown name, unknown option, or a value that does not fit the option.
     """
     name, _, rest = text.partition(":")
-    cls = load(kind, name.strip())
-    options = dict(cls.presets.get(effort, {}))
+    name, given = _target(name.strip()) if kind == "exporters" else (name.strip(), {})
+    cls = load(kind, name)
+    options = dict(cls.presets.get(effort, {})) | given
     for item in filter(None, (part.strip() for part in _split(rest, r",(?=\s*\w+\s*=)"))):
         match = re.match(r"(\w+)\s*=", item)
         key, raw = (match[1], item[match.end() :]) if match else (getattr(cls, "positional", ""), item)
@@ -77,6 +78,13 @@ def build(kind: Kind, text: str, effort: str = "full") -> Any:
     except TypeError as e:
         example = getattr(cls, "example", "PATH")
         raise PluginError(f"{name} needs {_missing(cls, options)}, as in '{name}:{example}'") from e
+
+
+def _target(name: str) -> tuple[str, dict[str, Any]]:
+    """An exporter and its options; a profile's name stands for the QDQ exporter with that profile."""
+    from ptq.exporters._profiles import PROFILES  # not before it is asked for: exporters import onnx
+
+    return ("onnx_qdq", {"profile": name}) if name in PROFILES else (name, {})
 
 
 def _split(text: str, separator: str) -> list[str]:

@@ -1,0 +1,116 @@
+"""One integer grid, rendered as each target wants it: every file computes what was simulated."""
+
+import onnx
+import pytest
+from onnx import TensorProto
+from ptq.exporters._profiles import PROFILES
+from ptq.exporters.onnx_qdq import OnnxQdq
+
+import ptq
+from ptq import plugins
+from ptq.cli import main
+from ptq.errors import ExportError, SpecError
+from tests.zoo import SHAPE, ZOO, build, images
+
+# What to quantize with, so that the target takes it.
+SUITED = {
+    "ort": ("w4a4", {}), "openvino": ("w4a4", {"weights": "symmetric"}),
+    "tensorrt": ("w4a4", {"weights": "symmetric", "activations": "signed"}), "qnn": ("w4a8", {"weights": "symmetric"}),
+    "tflite": ("w8a8", {}), "stm32": ("w4a8", {"weights": "symmetric"}),
+    "pot": ("w8a8", {"activations": "signed", "scales": "power_of_two"}), "native": ("w4a4", {}),
+}  # fmt: skip
+
+
+def _quantized(name, target):
+    bits, options = SUITED[target]
+    return ptq.quantize(build(name), bits, images(), input_shape=SHAPE, rounding="nearest", target=target, **options)
+
+
+def test_every_profile_is_tried():
+    assert list(SUITED) == list(PROFILES)
+
+
+@pytest.mark.parametrize("name", sorted(ZOO))
+@pytest.mark.parametrize("target", SUITED)
+def test_file_computes_what_was_simulated(target, name, tmp_path):
+    proof = ptq.export(_quantized(name, target), target, tmp_path / "m.onnx", images=images())
+    assert proof["passed"] and proof["worst_steps"] <= 1
+    if target in ("ort", "openvino", "pot"):
+        assert proof["differing_outputs"] == 0
+    if target == "ort":
+        assert proof["float_layers"] == []
+
+
+def _types(path) -> dict[str, set[int]]:
+    """Types of the zero points that Quantize- and DequantizeLinear carry, and of biases."""
+    model = onnx.load(str(path))
+    kinds = {t.name: t.data_type for t in model.graph.initializer}
+    found: dict[str, set[int]] = {"activation": set(), "weight": set(), "stored": set(), "bias": set()}
+    for node in model.graph.node:
+        if node.op_type == "QuantizeLinear":
+            found["activation"].add(kinds[node.input[2]])
+        elif node.op_type == "DequantizeLinear" and node.output[0].endswith(".weight"):
+            found["weight"].add(kinds[node.input[2]])
+            found["stored"] |= {
+                kinds[n] for n in kinds if (n.startswith(f"{node.output[0]}.") and "codes" in n) or "int4" in n
+            }
+        elif node.op_type in ("Conv", "Gemm") and len(node.input) > 2:
+            found["bias"].add(kinds.get(node.input[2], TensorProto.INT32))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("target", "activation", "weight", "stored", "bias"),
+    [
+        ("ort", {"UINT8"}, {"INT8"}, {"INT4", "INT8"}, {"INT32"}),
+        ("tensorrt", {"INT8"}, {"INT8"}, {"INT8"}, {"FLOAT"}),
+        ("qnn", {"UINT8"}, {"INT4", "INT8"}, {"INT4", "INT8"}, {"INT32"}),
+        ("tflite", {"INT8"}, {"INT8"}, {"INT8"}, {"INT32"}),
+        ("stm32", {"INT8"}, {"INT8"}, {"INT4", "INT8"}, {"INT32"}),
+        ("native", {"UINT4", "UINT8"}, {"INT4", "INT8"}, {"INT4", "INT8"}, {"INT32"}),
+    ],
+)
+def test_types(target, activation, weight, stored, bias, tmp_path):
+    ptq.export(_quantized("residual", target), target, tmp_path / "m.onnx", images=images()[:8])
+    found = {what: {TensorProto.DataType.Name(k) for k in kinds} for what, kinds in _types(tmp_path / "m.onnx").items()}
+    assert found == {"activation": activation, "weight": weight, "stored": stored, "bias": bias}
+
+
+@pytest.mark.parametrize(
+    ("target", "bits", "options", "says"),
+    [
+        ("tensorrt", "w8a8", {}, r"value \w+: .*add --activations signed"),
+        (
+            "tensorrt",
+            "w4a8",
+            {"activations": "signed"},
+            r"layer [\w.]+: its weights have zero points; add --weights symmetric",
+        ),
+        ("openvino", "w4a4", {}, "add --weights symmetric"),
+        ("qnn", "w4a4", {"weights": "symmetric"}, r"value \w+: 4 bits; activations have 8 there"),
+        ("tflite", "w8a4", {}, "4 bits; activations have 8 there"),
+        ("pot", "w8a8", {"activations": "signed"}, "add --scales power_of_two"),
+    ],
+)
+def test_what_a_target_cannot_do_is_said_before_any_work(target, bits, options, says):
+    def no_images():
+        raise AssertionError("work was begun")
+        yield
+
+    with pytest.raises(ExportError, match=rf"^{target} cannot take this plan: .*{says}"):
+        ptq.quantize(build("residual"), bits, no_images(), input_shape=SHAPE, target=target, **options)
+
+
+def test_names():
+    assert plugins.build("exporters", "tensorrt") == OnnxQdq(profile="tensorrt")
+    assert plugins.build("exporters", "onnx_qdq") == plugins.build("exporters", "ort") == OnnxQdq()
+    with pytest.raises(SpecError, match="unknown target profile 'mine'; known: ort, openvino"):
+        OnnxQdq(profile="mine")
+
+
+def test_from_the_command_line(tmp_path, capsys):
+    _quantized("plain", "tflite").save(tmp_path / "out")
+    assert main(["export", str(tmp_path / "out"), "--target", "tflite", "-o", str(tmp_path / "m.onnx")]) == 0
+    assert main(["export", str(tmp_path / "out"), "--target", "pot", "-o", str(tmp_path / "p.onnx")]) == 1
+    assert "pot cannot take this plan" in capsys.readouterr().err
+    assert (tmp_path / "m.onnx").is_file() and not (tmp_path / "p.onnx").exists()
