@@ -37,6 +37,7 @@ from ptq.quant.fake_quant import (
 __all__ = ["Logits"]
 
 _LEAST_GAIN = 1e-2  # of a weight scale
+_BLENDS = 3  # of each image that judges, with others
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,12 @@ class Logits:
 
     steps: optimizer steps. batch_size: images a step. lr_weight, lr_act, lr_bias: rates for the scales of weights and
     activations and for biases, each relative to the size of what it moves. lr_round: rate for V. logits, blocks: λ_z, λ_b.
-    held_out: share of the images that only judge.
+    held_out: share of the images that only judge. mix: a of the Beta(a, a) by whose draws images are blended in pairs, and
+    teacher and student compared on the blends; 0 leaves them apart. A network knows its training pictures, and pictures made
+    from it, too well: one class has all the probability, which tells little; blends lie between classes. What is held back
+    judges with its blends too.
+
+    Ref for mix: Haroush et al., The Knowledge Within, CVPR 2020, §4.2 (MixUp, with the teacher's outputs on the blend).
     """
 
     steps: int = 1000
@@ -57,12 +63,17 @@ class Logits:
     logits: float = 1.0
     blocks: float = 0.0
     held_out: float = 0.125
+    mix: float = 1.0
 
     presets: ClassVar[Presets] = {"quick": {"steps": 150}, "standard": {"steps": 300}}
 
     def __post_init__(self) -> None:
         if not 0 < self.held_out < 1:
             raise SpecError(f"held_out={self.held_out} given; it is a share of the images, above 0 and below 1")
+        if self.mix < 0:
+            raise SpecError(
+                f"mix={self.mix} given; the parameter of a Beta distribution is above 0, and 0 mixes nothing"
+            )
 
     def finish(
         self, reference: fx.GraphModule, student: fx.GraphModule, images: Tensor, judges: Tensor,
@@ -72,6 +83,8 @@ class Logits:
         if not len(judges):
             feedback.note(f"{len(images)} images are too few for a joint pass: none can be held back to judge it")
             return student, {}
+        if self.mix > 0:
+            judges = torch.cat([judges, *((judges + judges.roll(k, 0)) / 2 for k in range(1, 1 + _BLENDS))])
         before = self._distance(reference, student, judges, device)
         tuned = copy.deepcopy(student)
         with torch.enable_grad():
@@ -111,6 +124,9 @@ class Logits:
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / self.steps))
             x = images[torch.randint(len(images), (min(self.batch_size, len(images)),), generator=rng)].to(device)
+            if self.mix > 0 and len(x) > 1:
+                w = _beta(self.mix, len(x), rng).to(device).view(-1, 1, 1, 1)
+                x = w * x + (1 - w) * x.flip(0)
             with torch.no_grad():
                 wanted = dict(zip(names, teacher_part(x)))
                 x = quantize_input(x)
@@ -161,6 +177,13 @@ class Logits:
     def smoke(cls, folder: Path) -> Self:
         """A few steps."""
         return cls(steps=3, batch_size=4)
+
+
+def _beta(a: float, count: int, rng: torch.Generator) -> Tensor:
+    """Draws of Beta(a, a), [count]: of two gamma variates X, Y, the share X / (X + Y)."""
+    shape = torch.full((count,), a)
+    x, y = (torch._standard_gamma(shape, generator=rng) for _ in range(2))  # pyright: ignore[reportPrivateImportUsage]
+    return x / (x + y)
 
 
 class _Undecided(nn.Module):
