@@ -7,9 +7,9 @@ import torch
 
 import ptq
 from ptq import plugins
-from ptq.contracts import Feedback, hold_back
+from ptq.contracts import Feedback, hold_back, make_rng
 from ptq.errors import SpecError
-from ptq.finish.logits import Logits, _Undecided
+from ptq.finish.logits import Logits, _beta, _Undecided
 from ptq.quant.affine import QParams
 from ptq.quant.fake_quant import ActFakeQuant, Dequantize, weight_grid
 from ptq.reconstruct._loop import reconstruct_blocks
@@ -100,3 +100,16 @@ def test_a_share_that_leaves_nothing_is_refused():
     for share in (0.0, 1.0, -0.5):
         with pytest.raises(SpecError, match="held_out"):
             Logits(held_out=share)
+
+
+def test_blending_is_by_a_beta_distribution():
+    """Beta(a, a) has mean 1/2 and variance 1 / (4 (2a + 1)); each draw has its generator's word alone."""
+    for a in (0.3, 1.0, 4.0):
+        draws = _beta(a, 20_000, make_rng(0, "blend"))
+        assert torch.equal(draws, _beta(a, 20_000, make_rng(0, "blend")))
+        assert bool(((draws >= 0) & (draws <= 1)).all())
+        # 5 standard deviations of mean and variance of so many draws of spread at most 1/2.
+        assert float(draws.mean()) == pytest.approx(0.5, abs=0.018)
+        assert float(draws.var()) == pytest.approx(1 / (4 * (2 * a + 1)), abs=0.01)
+    with pytest.raises(SpecError, match="mix"):
+        Logits(mix=-1.0)

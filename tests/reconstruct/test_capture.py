@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from ptq.contracts import Feedback
 from ptq.reconstruct import _capture
-from ptq.reconstruct._capture import Space, block_error, compare_all, stored
+from ptq.reconstruct._capture import Space, block_error, compare_all, picked, stored
 from ptq.reconstruct._loop import reconstruct_blocks
 from ptq.reconstruct.genie_m import GenieM
 from ptq.reconstruct.nearest import Nearest
@@ -91,3 +91,17 @@ def test_errors_in_batches_are_those_of_the_whole():
     assert error == pytest.approx(float(block_error([out], [y])), rel=1e-5)
     assert decibels == pytest.approx(10 * float(torch.log10(y.square().sum() / (out - y).square().sum())), abs=1e-4)
     assert compare_all(stored([y]), [y]) == (0.0, 200.0)
+
+
+def test_images_lie_channels_last_and_are_picked_whole():
+    space, x = Space(), torch.randn(6, 3, 4, 5)
+    held = space.empty(x.shape)
+    held.copy_(x)
+    assert held.is_contiguous(memory_format=torch.channels_last)
+    pick = torch.tensor([4, 0, 4])
+    found = picked(held, pick)
+    assert torch.equal(found, x[pick]) and found.is_contiguous(memory_format=torch.channels_last)
+    flat = torch.randn(6, 7)
+    assert torch.equal(picked(flat, pick), flat[pick])
+    space.free(held)
+    assert space.used == 0
