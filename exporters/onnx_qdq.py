@@ -43,6 +43,7 @@ class OnnxQdq:
     suffix: ClassVar[str] = ".onnx"
     presets: ClassVar[Presets] = {}
     positional: ClassVar[str] = "profile"
+    aliases: ClassVar[dict[str, dict[str, str]]] = {name: {"profile": name} for name in PROFILES}  # --target tensorrt
 
     def __post_init__(self) -> None:
         if self.profile not in PROFILES:

@@ -18,12 +18,12 @@ from ptq.errors import (
     ReconstructionError,
     SpecError,
 )
-from ptq.exporters._vectors import write_vectors
 from ptq.mixed_precision import BitSensitivity, bit_sensitivity
 from ptq.pipeline import export, quantize
 from ptq.similarity import Similarity
 from ptq.sources import Synthesis, data_similarity, synthesize
 from ptq.spec import BitConfig
+from ptq.vectors import write_vectors
 
 load = QuantizedModel.load
 

@@ -22,7 +22,6 @@ from ptq.cli_sensitivity import run_sensitivity
 from ptq.contracts import CalibrationContext, Presets
 from ptq.errors import ArtifactError, ExportError, PtqError, ReconstructionError, SpecError
 from ptq.evaluate import check_labels, onnx_runner, runner, top1
-from ptq.exporters._vectors import write_vectors
 from ptq.graph.fold_bn import fold_batch_norm
 from ptq.graph.plan import make_plan
 from ptq.graph.trace import trace
@@ -33,6 +32,7 @@ from ptq.report import Section, markdown, plan_sections, print_sections, run_sec
 from ptq.run import normalization
 from ptq.spec import BitConfig, Override, PlanRules
 from ptq.terminal import shown
+from ptq.vectors import write_vectors
 
 _CPU = torch.device("cpu")
 # What --recipe takes over from a manifest, and what stands where neither says anything.

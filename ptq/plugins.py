@@ -63,7 +63,7 @@ def build(kind: Kind, text: str, effort: str = "full") -> Any:
         PluginError: unknown name, unknown option, or a value that does not fit the option.
     """
     name, _, rest = text.partition(":")
-    name, given = _target(name.strip()) if kind == "exporters" else (name.strip(), {})
+    name, given = _alias(kind, name.strip())
     cls = load(kind, name)
     options = dict(cls.presets.get(effort, {})) | given
     for item in filter(None, (part.strip() for part in _split(rest, r",(?=\s*\w+\s*=)"))):
@@ -80,11 +80,14 @@ def build(kind: Kind, text: str, effort: str = "full") -> Any:
         raise PluginError(f"{name} needs {_missing(cls, options)}, as in '{name}:{example}'") from e
 
 
-def _target(name: str) -> tuple[str, dict[str, Any]]:
-    """An exporter and its options; a profile's name stands for the QDQ exporter with that profile."""
-    from ptq.exporters._profiles import PROFILES  # not before it is asked for: exporters import onnx
-
-    return ("onnx_qdq", {"profile": name}) if name in PROFILES else (name, {})
+def _alias(kind: Kind, name: str) -> tuple[str, dict[str, Any]]:
+    """A plug-in and options that `name` stands for; itself where it is a plug-in, or where nothing knows it."""
+    known = names(kind)
+    if name not in known:
+        for plugin in known:
+            if name in (aliases := getattr(load(kind, plugin), "aliases", {})):
+                return plugin, dict(aliases[name])
+    return name, {}
 
 
 def _split(text: str, separator: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 6                       cli   cli_options   cli_images
 5                     pipeline   sources   plugins   run   report   terminal   gallery   demo
-4   distill, evaluate, similarity │ ptq.reconstruct │ calibrators │ exporters      these never import each other
+4   distill, evaluate, similarity, vectors │ ptq.reconstruct │ calibrators │ exporters      these never import each other
 3              contracts   batch_cache   artifact   loading   pictures
 2                       graph
 1                       quant
@@ -20,7 +20,7 @@ LAYERS = {
     "ptq.cli_sensitivity": 6,
     "ptq.pipeline": 5, "ptq.sources": 5, "ptq.plugins": 5, "ptq.run": 5, "ptq.report": 5, "ptq.terminal": 5,
     "ptq.gallery": 5, "ptq.demo": 5, "ptq.activation_ranges": 5, "ptq.sensitivity": 5, "ptq.mixed_precision": 5,
-    "ptq.distill": 4, "ptq.evaluate": 4, "ptq.similarity": 4,
+    "ptq.distill": 4, "ptq.evaluate": 4, "ptq.similarity": 4, "ptq.vectors": 4,
     "ptq.reconstruct": 4, "ptq.finish": 4, "ptq.calibrators": 4, "ptq.exporters": 4,
     "ptq.contracts": 3, "ptq.batch_cache": 3, "ptq.artifact": 3, "ptq.loading": 3, "ptq.pictures": 3,
     "ptq.graph": 2, "ptq.quant": 1, "ptq.spec": 0, "ptq.errors": 0,

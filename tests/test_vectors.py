@@ -7,11 +7,11 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
-from ptq.exporters._vectors import fixed_point
 
 import ptq
 from ptq.cli import main
 from ptq.errors import ExportError
+from ptq.vectors import fixed_point
 from tests.graph.test_serialize import Everything
 from tests.zoo import SHAPE, ZOO, build, images
 
