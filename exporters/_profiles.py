@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from ptq.graph.integer import stored_shift
 from ptq.graph.plan import QuantPlan
+from ptq.quant.affine import QParams
 from ptq.spec import QuantSpec
 
 
@@ -47,11 +49,9 @@ class Profile:
             if self.power_of_two and not spec.power_of_two:
                 yield f"value {value}: its scale is no power of two; add --scales power_of_two"
 
-    def shift(self, spec: QuantSpec) -> int:
+    def shift(self, q: QParams) -> int:
         """What the file adds to an activation's codes and zero point."""
-        if self.container == "unsigned":
-            return 128 if spec.signed else 0
-        return 0 if spec.signed else -128
+        return stored_shift(q) - (0 if self.container == "unsigned" else 128)
 
     def native(self, spec: QuantSpec) -> bool:
         """Whether an activation is stored in a type of 4 bits."""

@@ -163,8 +163,11 @@ def integer_bytes(qm: QuantizedModel) -> int:
     return sum(-(-codes.numel() * q.spec.bits // 8) for codes, q in qm.integer_weights().values())
 
 
-def check_free(folder: Path, overwrite: bool) -> None:
-    """Raises ArtifactError if `folder` must not be written: called before work, so that none is lost."""
+def check_free(folder: Path, overwrite: bool, mark: str = MANIFEST) -> None:
+    """Raises ArtifactError if `folder` must not be written: called before work, so that none is lost.
+
+    mark: the file by which a folder that may be overwritten is known.
+    """
     _check_writable(folder)
     if folder.is_dir() and not any(folder.iterdir()):
         return
@@ -172,8 +175,8 @@ def check_free(folder: Path, overwrite: bool) -> None:
         raise ArtifactError(f"{folder} is a file; name a folder")
     if folder.exists() and not overwrite:
         raise ArtifactError(f"{folder} exists; name another folder or overwrite it with --force (overwrite=True)")
-    if folder.exists() and not (folder / MANIFEST).is_file():
-        raise ArtifactError(f"{folder} was not written by this program (no {MANIFEST}); it is not overwritten")
+    if folder.exists() and not (folder / mark).is_file():
+        raise ArtifactError(f"{folder} was not written by this program (no {mark}); it is not overwritten")
 
 
 def _check_writable(folder: Path) -> None:
@@ -183,9 +186,9 @@ def _check_writable(folder: Path) -> None:
 
 
 @contextmanager
-def whole_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
+def whole_folder(folder: Path, overwrite: bool = False, mark: str = MANIFEST) -> Iterator[Path]:
     """Yields a hidden folder to write into; it takes the name `folder` at the end, or vanishes if the body raises."""
-    check_free(folder, overwrite)
+    check_free(folder, overwrite, mark)
     folder = folder.absolute()
     partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
     old = folder.parent / f".{folder.name}.old-{os.getpid()}"

@@ -12,7 +12,6 @@ The layer that yields the network's result has no grid: output = accumulator · 
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from ptq.artifact import QuantizedModel
-from ptq.errors import ExportError
+from ptq.artifact import QuantizedModel, whole_folder
+from ptq.errors import ArtifactError, ExportError
 from ptq.graph.insert import quantizer_of
 from ptq.graph.integer import IntegerAdd, IntegerLayer, IntegerMean, Requantize, Rescale
-from ptq.graph.ops import find_op
+from ptq.graph.ops import find_op, moves
 from ptq.quant.affine import QParams, quantize
 from ptq.quant.fake_quant import integer_codes
 
+_INDEX = "index.json"
 _BITS = 31  # of an integer multiplier
 
 
@@ -41,20 +41,14 @@ def write_vectors(qm: QuantizedModel, images: Tensor, folder: str | Path) -> Pat
         ExportError: the folder cannot be written, or holds something else.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder / "index.json").is_file():
+    if folder.exists() and not (folder / _INDEX).is_file():
         raise ExportError(f"{folder} is there and holds no vectors; move it away")
-    partial = folder.with_name(f".{folder.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        index = _Writer(qm, partial).write(images)
-        (partial / "index.json").write_text(json.dumps(index, indent=1) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    except OSError as e:
-        raise ExportError(f"{folder} cannot be written: {e}") from e
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with whole_folder(folder, overwrite=True, mark=_INDEX) as partial:
+            index = _Writer(qm, partial).write(images)
+            (partial / _INDEX).write_text(json.dumps(index, indent=1) + "\n")
+    except ArtifactError as e:
+        raise ExportError(str(e)) from e
     return folder
 
 
@@ -136,7 +130,7 @@ class _Writer:
             raw = node.all_input_nodes[0]
             inside = find_op(self.gm, raw)
             return {"op": "float", "operation": "quantize" if inside is None else inside.name}
-        moved = op is not None and op.role in ("same", "concat") and self._grid(node) is not None
+        moved = moves(self.gm, node) and self._grid(node) is not None
         return {"op": "move" if moved else "float", "operation": "" if op is None else op.name}
 
     def _module(self, node: fx.Node) -> nn.Module | None:
@@ -176,9 +170,9 @@ class _Writer:
         return row | {"weight_bits": q.spec.bits, "multiplier": _multiplier(scale)}  # type: ignore[arg-type]
 
     def _mean(self, source: fx.Node, module: IntegerMean, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-        x, q = self.found[source], module.source
-        arrays["accumulator"] = (quantize(x, q) - q.zero_point).sum((2, 3), keepdim=True).numpy().astype(np.int32)
-        return _multiplier(q.scale / (module.q.scale * float(x.shape[2] * x.shape[3])))
+        x = self.found[source]
+        arrays["accumulator"] = module.total(x).numpy().astype(np.int32)
+        return _multiplier(module.multiplier(x))
 
 
 def _name(node: fx.Node) -> str:

@@ -23,10 +23,6 @@ from ptq.graph.call import Call
 from ptq.graph.lower import FUNCTIONS
 
 
-def _nothing(call: Call) -> list[Any]:
-    return []
-
-
 def _transposed(call: Call) -> list[Any]:
     """aten.convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups)."""
     x, weight, bias, stride, padding, dilation, transposed, extra, groups = call.args
@@ -59,7 +55,8 @@ ATEN: dict[str, Callable[[Call], list[Any]]] = {
         "mean": torch.mean, "permute": torch.permute, "transpose": torch.transpose, "pad": F.pad,
     }.items()
 } | dict.fromkeys(("flatten", "view", "_unsafe_view", "reshape", "squeeze", "unsqueeze"), spatial.reshape) | dict.fromkeys(
-    ("dropout", "feature_dropout", "contiguous", "clone", "alias", "detach", "to", "_to_copy", "lift_fresh_copy"), _nothing
+    ("dropout", "feature_dropout", "contiguous", "clone", "alias", "detach", "to", "_to_copy", "lift_fresh_copy"),
+    FUNCTIONS[F.dropout],  # nothing is left of them
 )  # fmt: skip
 
 

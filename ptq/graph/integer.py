@@ -131,10 +131,16 @@ class IntegerMean(_Quantizer):
         super().__init__(q, bounds)
         self.source = source
 
+    def total(self, x: Tensor) -> Tensor:
+        """The accumulator, [B, C, 1, 1]."""
+        return quantize(x, self.source).sum((2, 3), keepdim=True) - self.source.zero_point * x.shape[2] * x.shape[3]
+
+    def multiplier(self, x: Tensor) -> Tensor:
+        """What rescales the accumulator of so many pixels."""
+        return self.source.scale / (self.q.scale * float(x.shape[2] * x.shape[3]))
+
     def forward(self, x: Tensor) -> Tensor:
-        total = quantize(x, self.source).sum((2, 3), keepdim=True) - self.source.zero_point * x.shape[2] * x.shape[3]
-        multiplier = self.source.scale / (self.q.scale * float(x.shape[2] * x.shape[3]))
-        return self.finish(torch.round(total.float() * multiplier) + self.q.zero_point)
+        return self.finish(torch.round(self.total(x).float() * self.multiplier(x)) + self.q.zero_point)
 
 
 def code_bounds(gm: fx.GraphModule, raw: fx.Node, q: QParams) -> tuple[int, int]:

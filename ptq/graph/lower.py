@@ -94,11 +94,7 @@ IN_PLACE = {operator.iadd, operator.imul, torch.relu_, "add_", "mul_", "relu_"}
 def _conv(m: nn.Conv2d) -> nn.Module:
     if m.padding_mode != "zeros":
         raise Unsupported(f"a convolution that pads with {m.padding_mode!r}; zero padding is supported")
-    if isinstance(m.padding, str):
-        reach = [d * (k - 1) for d, k in zip(m.dilation, m.kernel_size)] if m.padding == "same" else [0, 0]
-        if any(r % 2 for r in reach):
-            raise Unsupported("a convolution with padding='same' and an even kernel, which pads unevenly")
-        m.padding = tuple(r // 2 for r in reach)
+    m.padding = constant.even_padding(m.padding, m.kernel_size, m.dilation)
     return m
 
 

@@ -32,19 +32,28 @@ def _weight(call: Call) -> Tensor:
     return weight
 
 
+def even_padding(padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[int, int]:
+    """A convolution's padding, "same" and "valid" in numbers.
+
+    Raises:
+        Unsupported: it differs from side to side.
+    """
+    if not isinstance(padding, str):
+        return pair(padding)
+    reach = [d * (k - 1) for d, k in zip(dilation, kernel)] if padding == "same" else [0, 0]
+    if any(r % 2 for r in reach):
+        raise Unsupported("a convolution with padding='same' and an even kernel, which pads unevenly")
+    return reach[0] // 2, reach[1] // 2
+
+
 def conv(call: Call) -> list[Step]:
     """conv2d(x, weight, bias, stride, padding, dilation, groups)."""
     weight, bias, groups = _weight(call), call.tensor(2, "bias"), call.get(6, "groups", 1)
     padding, dilation = call.get(4, "padding", 0), pair(call.get(5, "dilation", 1))
     kernel = (weight.shape[2], weight.shape[3])
-    if isinstance(padding, str):
-        reach = [d * (k - 1) for d, k in zip(dilation, kernel)] if padding == "same" else [0, 0]
-        if any(r % 2 for r in reach):
-            raise Unsupported("a convolution with padding='same' and an even kernel, which pads unevenly")
-        padding = [r // 2 for r in reach]
     module = nn.Conv2d(
-        weight.shape[1] * groups, weight.shape[0], kernel, pair(call.get(3, "stride", 1)), pair(padding), dilation, groups,
-        bias is not None,
+        weight.shape[1] * groups, weight.shape[0], kernel, pair(call.get(3, "stride", 1)),
+        even_padding(padding, kernel, dilation), dilation, groups, bias is not None,
     )  # fmt: skip
     return [_filled(module, weight=weight, bias=bias)]
 

@@ -128,7 +128,7 @@ def _replace(
     for k, step in enumerate(steps):
         with gm.graph.inserting_before(node):
             if isinstance(step, nn.Module):
-                path = (_path(gm, node) if k == 0 else None) or f"fn_{node.name}" + (f"_{k}" if k else "")
+                path = (_path(node) if k == 0 else None) or f"fn_{node.name}" + (f"_{k}" if k else "")
                 # A module that is called twice gets a copy per call: each call has its own place in the plan.
                 if path in used:
                     path, step = f"{path}_again_{node.name}", copy.deepcopy(step)
@@ -146,7 +146,7 @@ def _replace(
     gm.graph.erase_node(node)
 
 
-def _path(gm: fx.GraphModule, node: fx.Node) -> str | None:
+def _path(node: fx.Node) -> str | None:
     """Where the module that a node calls, or that it was exported from, stands in the network."""
     if node.op == "call_module":
         return str(node.target)

@@ -21,13 +21,13 @@ class Recorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         sources = n.all_input_nodes
-        given = {m: self.env[m] for m in sources}
+        first = self.env[sources[0]] if sources else None
         recorded = fx.node.map_arg((n.args, n.kwargs), self._argument)  # pyright: ignore[reportAttributeAccessIssue]
         result = super().run_node(n)
         if n.op not in ("placeholder", "output") and all(m in self.constants for m in sources):
             self.constants[n] = result
         self.calls[n] = (*recorded, shapes_only(result))  # type: ignore[misc]
-        if sources and given[sources[0]] is result:
+        if sources and first is result:
             self.same.add(n)
         return result
 

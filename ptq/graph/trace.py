@@ -104,8 +104,6 @@ def _symbolic(model: nn.Module, input_shape: tuple[int, int, int]) -> fx.GraphMo
         try:
             gm = exported(model, _random_input(model, 2, input_shape))
         except Exception:  # of the two, the first error names the line
-            gm = None
-        if gm is None:
             raise ModelError(
                 f"the network cannot be traced: {user_line(e)}: {first_line(e)}; make this independent of tensor values "
                 "(shapes are fine), or quantize the sub-module without it"

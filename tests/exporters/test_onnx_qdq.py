@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from onnx import TensorProto, numpy_helper
-from ptq.exporters._onnx_ops import Builder, resize_scale
+from ptq.exporters._onnx_builder import Builder
+from ptq.exporters._onnx_ops import resize_scale
 from ptq.exporters._parity import compare, count_kernels
 
 import ptq
