@@ -22,7 +22,7 @@ import ptq
 # Family → its smallest member, and the pixels of its input: enough for its last layers to have something to see.
 FAMILIES = {
     "alexnet": 64, "convnext_tiny": 64, "densenet121": 64, "efficientnet_b0": 64, "efficientnet_v2_s": 64, "googlenet": 64,
-    "inception_v3": 160, "maxvit_t": 224, "mnasnet0_5": 64, "mobilenet_v2": 64, "mobilenet_v3_small": 64,
+    "inception_v3": 299, "maxvit_t": 224, "mnasnet0_5": 64, "mobilenet_v2": 64, "mobilenet_v3_small": 64,
     "regnet_x_400mf": 64, "regnet_y_400mf": 64, "resnet18": 64, "resnext50_32x4d": 64, "shufflenet_v2_x0_5": 64,
     "squeezenet1_1": 64, "swin_t": 224, "vgg11_bn": 64, "vit_b_16": 224, "wide_resnet50_2": 64, "deeplabv3_mobilenet_v3_large": 64,
     "fcn_resnet50": 64, "lraspp_mobilenet_v3_large": 64,

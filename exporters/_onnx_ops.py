@@ -10,7 +10,9 @@ from onnx import TensorProto
 from ptq.exporters._onnx_builder import Builder
 from torch import Tensor, fx, nn
 
-from ptq.graph.ops import find_op
+from ptq.graph.insert import quantizer_of
+from ptq.graph.ops import find_op, is_global_mean, is_read_as_float
+from ptq.graph.runtime_functions import resize_scale
 from ptq.quant.affine import QParams
 from ptq.quant.fake_quant import integer_codes
 
@@ -147,13 +149,29 @@ def _max_pool(b: Builder, node: fx.Node, out: str) -> str:
 
 
 def _avg_pool(b: Builder, node: fx.Node, out: str) -> str:
+    if is_global_mean(b.gm, node):
+        return _global_mean(b, node, out)
     m, pads = b.module(node), _pair(b.module(node).padding)
-    if _pair(m.kernel_size) == list(node.all_input_nodes[0].meta["shape"][-2:]) and not any(pads):
-        return b.add("GlobalAveragePool", b.inputs(node), out)
     return b.add(
         "AveragePool", b.inputs(node), out, kernel_shape=_pair(m.kernel_size), strides=_pair(m.stride),
         pads=pads + pads, ceil_mode=int(m.ceil_mode), count_include_pad=int(m.count_include_pad),
     )  # fmt: skip
+
+
+def _global_mean(b: Builder, node: fx.Node, out: str) -> str:
+    """The mean over height and width. Where it stays float, of codes, rescaled: in whatever order a sum of whole numbers is
+    formed, it is exact."""
+    held = quantizer_of(b.gm, node.all_input_nodes[0].meta["value"]) if is_read_as_float(b.gm, node) else None
+    (source,) = b.inputs(node)
+    if held is None:
+        return b.add("GlobalAveragePool", [source], out)
+    dequantize = next(n for n in reversed(b.nodes) if n.output[0] == source)
+    if len(node.all_input_nodes[0].users) == 1:
+        b.nodes.remove(dequantize)  # nobody reads it any more
+    one = b.constant("one", np.array(1, dtype=np.float32))
+    codes = b.add("DequantizeLinear", [dequantize.input[0], one, dequantize.input[2]], f"{out}.whole")
+    mean = b.add("GlobalAveragePool", [codes], f"{out}.mean")
+    return b.add("Mul", [mean, dequantize.input[1]], out)
 
 
 def _pad(b: Builder, node: fx.Node, out: str) -> str:
@@ -206,15 +224,6 @@ def _resize_bilinear(b: Builder, node: fx.Node, out: str) -> str:
         "Resize", [*b.inputs(node), "", b.constant(f"{out}.scales", scales)], out, mode="linear",
         coordinate_transformation_mode="align_corners" if m.align_corners else "half_pixel",
     )  # fmt: skip
-
-
-def resize_scale(length: int, size: int) -> np.float32:
-    """The float32 scale that brings `length` to `size` pixels in onnxruntime, which multiplies in float32, and in the checker,
-    which does in float64."""
-    scale = np.float32(size / length)
-    while int(np.float32(length) * scale) < size or int(length * float(scale)) < size:
-        scale = np.nextafter(scale, np.float32(np.inf))
-    return scale
 
 
 def _adaptive_average(b: Builder, node: fx.Node, out: str) -> str:

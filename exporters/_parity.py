@@ -160,16 +160,21 @@ def _per_tensor(gm: fx.GraphModule, path: Path, images: Tensor, batch_size: int)
     inside = {name for node in model.graph.node for name in node.output}
     nodes = [n for n in gm.graph.nodes if n.op == "call_module" and f"{n.meta.get('value')}.codes" in inside]
     values = [n.meta["value"] for n in nodes]
-    kinds = {info.name: info for info in onnx.shape_inference.infer_shapes(model).graph.value_info}
-    outputs = {v: next(n.output[0] for n in model.graph.node if n.input[0] == f"{v}.codes") for v in values}
-    model.graph.output.extend(kinds[name] for name in outputs.values())
+    model.graph.node.extend(
+        onnx.helper.make_node(
+            "DequantizeLinear", [f"{v}.{part}" for part in ("codes", "scale", "zero_point")], [f"{v}.seen"]
+        )
+        for v in values
+    )
+    seen = [onnx.helper.make_tensor_value_info(f"{v}.seen", onnx.TensorProto.FLOAT, None) for v in values]
+    model.graph.output.extend(seen)
     session = open_session(model.SerializeToString(), literal=True)
     found: dict[str, TensorParity] = {}
     worst = 0.0
     device = next((p.device for p in gm.parameters()), torch.device("cpu"))
     with torch.no_grad():
         for x in images.split(batch_size):
-            *reals, theirs = session.run([*outputs.values(), "output"], {"input": x.numpy()})
+            *reals, theirs = session.run([*(info.name for info in seen), "output"], {"input": x.numpy()})
             ours = _Forced(gm, dict(zip(values, reals)), found).run(x.to(device)).cpu()  # pyright: ignore[reportArgumentType]
             gap = float((ours - torch.from_numpy(theirs)).abs().max() / ours.abs().max().clamp_min(1e-30))
             worst = max(worst, gap) if gap == gap else float("inf")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from ptq.graph.integer import stored_shift
+from ptq.graph.integer_kernels import stored_shift
 from ptq.graph.plan import QuantPlan
 from ptq.quant.affine import QParams
 from ptq.spec import QuantSpec

@@ -2,7 +2,10 @@
 
     conv, linear   accumulator = Σ (input - z_x) (weight - z_w) + bias        output = clamp(round(accumulator · M) + z_y)
     add            output = clamp(round((input0 - z_0) · M_0 + (input1 - z_1) · M_1) + z_y)
+    multiply       output = clamp(round((input0 - z_0) (input1 - z_1) · M) + z_y)
     mean           accumulator = Σ (input - z_x)                              output = clamp(round(accumulator · M) + z_y)
+    average        output = clamp(round((Σ (input - z_x) / n) · M) + z_y), n pixels of a window
+    table          output = table[input - least input code]
     move           output: the input's codes, rearranged
     float          computed in float, and quantized
 
@@ -22,7 +25,16 @@ from torch import Tensor, fx, nn
 from ptq.artifact import QuantizedModel, whole_folder
 from ptq.errors import ArtifactError, ExportError
 from ptq.graph.insert import quantizer_of
-from ptq.graph.integer import IntegerAdd, IntegerLayer, IntegerMean, Requantize, Rescale
+from ptq.graph.integer_kernels import (
+    IntegerAdd,
+    IntegerAverage,
+    IntegerLayer,
+    IntegerMean,
+    IntegerMul,
+    IntegerTable,
+    Requantize,
+    Rescale,
+)
 from ptq.graph.ops import find_op, moves
 from ptq.quant.affine import QParams, quantize
 from ptq.quant.fake_quant import integer_codes
@@ -102,6 +114,13 @@ class _Writer:
             row |= self._weighted(node, module, arrays)
         elif isinstance(module, IntegerAdd):
             row |= {"op": "add", "multipliers": [_multiplier(module.ratio_a), _multiplier(module.ratio_b)]}
+        elif isinstance(module, IntegerMul):
+            row |= {"op": "multiply", "multiplier": _multiplier(module.ratio)}
+        elif isinstance(module, IntegerAverage):
+            row |= _average(module)
+        elif isinstance(module, IntegerTable):
+            arrays["table"] = module.table.numpy().astype(arrays["output"].dtype)  # type: ignore[operator]
+            row |= {"op": "table", "operation": node.meta["operation"]}
         elif isinstance(module, IntegerMean):
             row |= {"op": "mean", "multiplier": self._mean(sources[0], module, arrays)}
         else:
@@ -129,9 +148,11 @@ class _Writer:
         if op is not None and op.role == "quant":
             raw = node.all_input_nodes[0]
             inside = find_op(self.gm, raw)
-            return {"op": "float", "operation": "quantize" if inside is None else inside.name}
+            named = raw.meta.get("operation", "quantize" if inside is None else inside.name)
+            return {"op": "float", "operation": named}
         moved = moves(self.gm, node) and self._grid(node) is not None
-        return {"op": "move" if moved else "float", "operation": "" if op is None else op.name}
+        named = node.meta.get("operation", "" if op is None else op.name)
+        return {"op": "move" if moved else "float", "operation": named}
 
     def _module(self, node: fx.Node) -> nn.Module | None:
         return self.gm.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -173,6 +194,13 @@ class _Writer:
         x = self.found[source]
         arrays["accumulator"] = module.total(x).numpy().astype(np.int32)
         return _multiplier(module.multiplier(x))
+
+
+def _average(module: IntegerAverage) -> dict[str, Any]:
+    geometry = {
+        k: getattr(module.pool, k) for k in ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
+    }
+    return {"op": "average", "multiplier": _multiplier(module.source.scale / module.q.scale)} | geometry
 
 
 def _name(node: fx.Node) -> str:

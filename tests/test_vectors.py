@@ -1,12 +1,14 @@
 """Golden vectors: a second, plain integer implementation comes to the same numbers from the files alone."""
 
 import json
+from functools import partial
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import ptq
 from ptq.cli import main
@@ -48,10 +50,37 @@ def _requantized(row: dict, accumulator: np.ndarray, integer: bool) -> np.ndarra
     return np.clip(codes.astype(np.int64) + grid["zero_point"], *row["clamp"])
 
 
+def _check_average(row: dict, a: dict[str, np.ndarray]) -> None:
+    """Windows without padding, summed in 64-bit integers."""
+    assert not any(np.atleast_1d(row["padding"])) and not row["ceil_mode"]
+    x = torch.from_numpy(a["input"].astype(np.float64) - row["grids"]["input"]["zero_point"])
+    means = F.avg_pool2d(x, row["kernel_size"], row["stride"]).numpy()
+    exact = means * row["multiplier"]["float"][0] + row["grids"]["output"]["zero_point"]
+    assert np.abs(np.clip(exact, *row["clamp"]) - a["output"]).max() <= 0.5 + 1e-4
+
+
+class _Gated(nn.Module):
+    """SiLU, local means, a hard sigmoid's gate, and a result that is a mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 10, 3)
+        self.pool = nn.AvgPool2d(2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.pool(F.silu(self.first(x)))
+        return F.relu(self.second(y * F.hardsigmoid(y.mean((2, 3), keepdim=True)))).mean((2, 3))
+
+
+NETS = {name: partial(build, name) for name in sorted(ZOO)} | {"gated": _Gated}
+
+
 @pytest.mark.parametrize("bits", ["w8a8", "w4a4", "w2a4"])
-@pytest.mark.parametrize("name", sorted(ZOO))
+@pytest.mark.parametrize("name", NETS)
 def test_every_layer_follows_from_its_inputs(name, bits, tmp_path):
-    qm, index, arrays = _written(build(name), bits, tmp_path)
+    qm, index, arrays = _written(NETS[name]().eval(), bits, tmp_path)
+    if name == "gated":
+        assert {row["op"] for row in index["layers"]} >= {"multiply", "average", "table", "mean"}
     weighted = [row for row in index["layers"] if row["op"] in ("conv", "linear")]
     assert [row["layer"] for row in weighted] == list(qm.plan.weights)
     near = total = 0
@@ -82,6 +111,18 @@ def test_every_layer_follows_from_its_inputs(name, bits, tmp_path):
             ]
             exact = np.clip(sum(parts) + row["grids"]["output"]["zero_point"], *row["clamp"])
             assert np.abs(exact - a["output"]).max() <= 0.5 + 1e-4
+        if row["op"] == "multiply":
+            product = np.ones((), dtype=np.int64)
+            for k in range(2):
+                product = product * (a[f"input{k}"].astype(np.int64) - row["grids"][f"input{k}"]["zero_point"])
+            exact = product * row["multiplier"]["float"][0] + row["grids"]["output"]["zero_point"]
+            assert np.abs(np.clip(exact, *row["clamp"]) - a["output"]).max() <= 0.5 + 1e-4
+        if row["op"] == "average":
+            _check_average(row, a)
+        if row["op"] == "table":
+            assert np.array_equal(
+                a["table"][a["input"].astype(np.int64) - row["grids"]["input"]["codes"][0]], a["output"]
+            )
     assert near <= 2e-3 * total  # ties of rounding, half to even against half up
     assert index["layers"][-1]["name"] == qm.graph.graph.output_node().args[0].meta["value"]
 
@@ -101,11 +142,9 @@ def test_operations_without_integer_kernels(bits, tmp_path):
     assert "float" in kinds and all(np.isfinite(a["output"]).all() for a in arrays.values())
     if bits == "w8a8":
         assert kinds >= {"conv", "move", "float"}
-        assert {row["operation"] for row in index["layers"] if row["op"] == "float"} >= {
-            "leaky_relu",
-            "layer_norm",
-            "gelu",
-        }
+        named = {op: {row["operation"] for row in index["layers"] if row["op"] == op} for op in ("float", "table")}
+        assert named["float"] >= {"layer_norm", "resize_bilinear"} and "" not in named["float"]
+        assert named["table"] >= {"leaky_relu", "gelu"}
 
 
 def test_signed_codes(tmp_path):

@@ -2,145 +2,42 @@
 
 A student multiplies and adds real numbers and rounds afterwards; an integer kernel accumulates codes exactly and rounds the
 rescaled accumulator once. Both round the same values, but for ties and float noise: one element in 100,000 comes out a step
-apart, and travels on. Here every layer, addition and global pool between quantizers is replaced by the kernel's arithmetic:
+apart, and travels on. Here every operation between quantizers is replaced by the kernel's arithmetic (`integer_kernels`), and
+what stays float by the runtime's own formula (`runtime_functions`).
 
-    layer   code = clamp(round(f32(Σ q_x q_w + b) · f32(s_x s_w / s_y)) + z_y)
-    add     code = clamp(round(fma(A, s_a/s_y, fma(B, s_b/s_y, z_y - fma(s_a/s_y, z_a, s_b/s_y z_b)))))
-    pool    code = clamp(round(Σ q_x · f32(s_x / (s_y H W))) + z_y)
-
-Tensors between them stay real numbers on their grids, `s · (code - z)`. What has no integer kernel stays as it is.
+Tensors between them stay real numbers on their grids, `s · (code - z)`.
 """
 
 import operator
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from ptq.graph import runtime_functions as runtime
 from ptq.graph.insert import quantizer_of
-from ptq.graph.ops import find_op, output_node
+from ptq.graph.integer_kernels import (
+    IntegerAdd,
+    IntegerAverage,
+    IntegerLayer,
+    IntegerMean,
+    IntegerMul,
+    IntegerTable,
+    Requantize,
+    Rescale,
+)
+from ptq.graph.layers import ResizeBilinear
+from ptq.graph.ops import BATCH_NORMS, find_op, is_global_mean, output_node
 from ptq.graph.plan import merged_clamp
 from ptq.graph.trace import rewrite
 from ptq.quant.affine import QParams, quantize
 from ptq.quant.fake_quant import ActFakeQuant, integer_codes
 
-_EXACT_IN_FLOAT32 = 2**24
-
-
-def stored_shift(q: QParams) -> int:
-    """What a file adds to the codes of an activation's grid, so that they are bytes; only sums feel it, by their rounding."""
-    return 128 if q.spec.signed else 0
-
-
-class _Quantizer(nn.Module):
-    """The end of an integer kernel: a rescaled accumulator → a real number on the output's grid."""
-
-    def __init__(self, q: QParams, bounds: tuple[int, int]) -> None:
-        super().__init__()
-        self.q, self.bounds = QParams(q.scale.detach().clone(), q.zero_point.clone(), q.spec), bounds
-
-    def finish(self, rounded: Tensor) -> Tensor:
-        """Clamps codes (as float) and gives them their real values."""
-        return (rounded.clamp(*self.bounds) - self.q.zero_point) * self.q.scale
-
-
-class IntegerLayer(nn.Module):
-    """A convolution or linear layer on codes: `[B, …]` on the input's grid → the int32 accumulator, as float.
-
-    path: where the layer stands in the network.
-    """
-
-    def __init__(self, layer: nn.Module, source: QParams, path: str) -> None:
-        super().__init__()
-        self.path = path
-        held, bias = integer_codes(layer, "weight"), integer_codes(layer, "bias") if layer.bias is not None else None
-        assert held is not None
-        codes, q = held
-        self.layer = layer
-        weight = (codes - q.zero_point.reshape(-1, *[1] * (codes.ndim - 1))).double()
-        reach = float(weight.abs().flatten(1).sum(1).max()) * (source.spec.qmax - source.spec.qmin)
-        # Sums of integers are exact in float32 up to 2^24, whatever their order; in float64 always.
-        self.dtype = torch.float32 if reach < _EXACT_IN_FLOAT32 else torch.float64
-        self.register_buffer("codes", weight.to(self.dtype))
-        self.register_buffer("bias", None if bias is None else bias[0].double())
-        self.register_buffer("source_scale", source.scale.detach().clone())
-        self.register_buffer("scale", source.scale.detach() * q.scale.detach())
-
-    def by_channel(self, v: Tensor) -> Tensor:
-        """`v` [C], shaped to be multiplied with the accumulator: a convolution's channels are second, a linear layer's last."""
-        return v.reshape(-1, 1, 1) if isinstance(self.layer, nn.Conv2d) else v
-
-    def forward(self, x: Tensor) -> Tensor:
-        q = torch.round(x / self.source_scale).to(self.dtype)  # pyright: ignore[reportOperatorIssue]
-        m = self.layer
-        if isinstance(m, nn.Conv2d):
-            total = F.conv2d(q, self.codes, None, m.stride, m.padding, m.dilation, m.groups).double()  # type: ignore[arg-type]
-            total = total if self.bias is None else total + self.bias.view(1, -1, 1, 1)  # pyright: ignore[reportCallIssue]
-        else:
-            total = F.linear(q, self.codes).double()  # type: ignore[arg-type]
-            total = total if self.bias is None else total + self.bias  # pyright: ignore[reportOperatorIssue]
-        return total.float()
-
-
-class Requantize(_Quantizer):
-    """Accumulator → the output's grid: round(acc · M) + z, M = f32(s_x s_w / s_y) per output channel."""
-
-    def __init__(self, layer: "IntegerLayer", q: QParams, bounds: tuple[int, int]) -> None:
-        super().__init__(q, bounds)
-        self.register_buffer("multiplier", layer.by_channel(layer.scale / q.scale.detach()))  # type: ignore[operator]
-
-    def forward(self, total: Tensor) -> Tensor:
-        return self.finish(torch.round(total * self.multiplier) + self.q.zero_point)  # pyright: ignore[reportOperatorIssue]
-
-
-class Rescale(nn.Module):
-    """Accumulator → float result: acc · s_x s_w."""
-
-    def __init__(self, layer: IntegerLayer) -> None:
-        super().__init__()
-        self.register_buffer("scale", layer.by_channel(layer.scale))  # type: ignore[arg-type]
-
-    def forward(self, total: Tensor) -> Tensor:
-        return total * self.scale  # pyright: ignore[reportOperatorIssue]
-
-
-class IntegerAdd(_Quantizer):
-    """The sum of two tensors on grids of their own, as onnxruntime's QLinearAdd forms it, with fused multiply-adds."""
-
-    def __init__(self, a: QParams, b: QParams, q: QParams, bounds: tuple[int, int]) -> None:
-        super().__init__(q, bounds)
-        self.a, self.b = a, b
-        self.ratio_a, self.ratio_b = (p.scale.detach() / q.scale.detach() for p in (a, b))
-        # Rounded as the kernel does it, a product first, then a fused multiply-add: near a tie, the last bit decides.
-        zero_a, zero_b, zero = (p.zero_point + stored_shift(p) for p in (a, b, q))
-        shift = self.ratio_a.double() * zero_a + (self.ratio_b * zero_b).double()
-        self.offset = zero - shift.float()
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        # A product of a byte and a float32 is exact in float64; one rounding to float32 makes it a fused multiply-add.
-        codes_x, codes_y = (quantize(v, p) + stored_shift(p) for v, p in ((x, self.a), (y, self.b)))
-        inner = (codes_y.double() * self.ratio_b.double() + self.offset.double()).float()
-        outer = (codes_x.double() * self.ratio_a.double() + inner.double()).float()
-        return self.finish(torch.round(outer) - stored_shift(self.q))
-
-
-class IntegerMean(_Quantizer):
-    """The mean over height and width, as onnxruntime's QLinearGlobalAveragePool forms it."""
-
-    def __init__(self, source: QParams, q: QParams, bounds: tuple[int, int]) -> None:
-        super().__init__(q, bounds)
-        self.source = source
-
-    def total(self, x: Tensor) -> Tensor:
-        """The accumulator, [B, C, 1, 1]."""
-        return quantize(x, self.source).sum((2, 3), keepdim=True) - self.source.zero_point * x.shape[2] * x.shape[3]
-
-    def multiplier(self, x: Tensor) -> Tensor:
-        """What rescales the accumulator of so many pixels."""
-        return self.source.scale / (self.q.scale * float(x.shape[2] * x.shape[3]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.finish(torch.round(self.total(x).float() * self.multiplier(x)) + self.q.zero_point)
+# Of one tensor, element by element, by the runtime's formula; others (`_TABLES`) as torch has them.
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": runtime.sigmoid, "hard_sigmoid": runtime.hard_sigmoid, "tanh": runtime.tanh,
+}  # fmt: skip
+_TABLES = (*_FUNCTIONS, "leaky_relu", "elu", "gelu")
 
 
 def code_bounds(gm: fx.GraphModule, raw: fx.Node, q: QParams) -> tuple[int, int]:
@@ -164,6 +61,9 @@ def to_integer(student: fx.GraphModule) -> fx.GraphModule:
         for node in list(out.graph.nodes):
             if node.op == "call_module" and isinstance(out.get_submodule(str(node.target)), ActFakeQuant):
                 _replace_quantizer(out, node, student)
+        out.graph.eliminate_dead_code()
+        for node in list(out.graph.nodes):
+            _replace_float(out, node, student)
         result = output_node(out)
         op, source = find_op(out, result), None
         if op is not None and op.role == "weighted":
@@ -181,27 +81,64 @@ def _replace_quantizer(gm: fx.GraphModule, node: fx.Node, student: fx.GraphModul
         raw.op == "call_module" and len(raw.all_input_nodes) == 1 and merged_clamp(gm, raw.all_input_nodes[0]) is raw
     )
     producer = raw.all_input_nodes[0] if merged else raw
-    op = find_op(gm, producer)
-    grids = [quantizer_of(student, n.meta["value"]) if n.meta.get("value") else None for n in producer.all_input_nodes]
-    if op is None or not grids or any(g is None for g in grids):
+    sources = [_grid(student, n) for n in producer.all_input_nodes]
+    if not sources or any(s is None for s in sources):
         return
-    sources = [QParams(g.scale.detach(), g.qparams.zero_point, g.spec) for g in grids if g is not None]
-    if op.role == "weighted" and integer_codes(gm.get_submodule(str(producer.target)), "weight") is not None:
-        layer = IntegerLayer(gm.get_submodule(str(producer.target)), sources[0], str(producer.target))
-        total = _insert(gm, node, layer, (producer.all_input_nodes[0],), "layer")
-        _become(gm, node, Requantize(layer, q, bounds), (total,))  # type: ignore[operator]
-    elif producer.target is operator.add:
-        operands = tuple(a for a in producer.args if isinstance(a, fx.Node))
-        pair = sources if len(sources) == 2 else sources * 2
-        _become(gm, node, IntegerAdd(pair[0], pair[1], q, bounds), operands)  # pyright: ignore[reportArgumentType]
-    elif (
-        op.name == "avg_pool"
-        and list(gm.get_submodule(str(producer.target)).kernel_size)  # pyright: ignore[reportArgumentType]
-        == list(  # type: ignore[arg-type]
-            producer.all_input_nodes[0].meta["shape"][-2:]
-        )
-    ):
-        _become(gm, node, IntegerMean(sources[0], q, bounds), (producer.all_input_nodes[0],))  # pyright: ignore[reportArgumentType]
+    if (found := _weighted(gm, producer, sources[0])) is not None:  # pyright: ignore[reportArgumentType]
+        total = _insert(gm, node, found, (producer.all_input_nodes[0],), "layer")
+        _become(gm, node, Requantize(found, q, bounds), (total,))  # type: ignore[operator]
+    elif (kernel := _kernel(gm, producer, sources, q, bounds)) is not None:  # type: ignore[arg-type]
+        _become(gm, node, kernel, tuple(a for a in producer.args if isinstance(a, fx.Node)))
+        node.meta["operation"] = find_op(gm, producer).name  # type: ignore[union-attr]
+
+
+def _grid(student: fx.GraphModule, node: fx.Node) -> QParams | None:
+    """A tensor's grid, on the CPU, or None where it is float."""
+    held = quantizer_of(student, node.meta["value"]) if node.meta.get("value") else None
+    if held is None:
+        return None
+    return QParams(held.scale.detach(), held.qparams.zero_point, held.spec).to(torch.device("cpu"))
+
+
+def _weighted(gm: fx.GraphModule, node: fx.Node, source: QParams) -> IntegerLayer | None:
+    """The integer form of a convolution or linear layer; None where its weight is float or it is none."""
+    op = find_op(gm, node)
+    if op is None or op.role != "weighted" or integer_codes(gm.get_submodule(str(node.target)), "weight") is None:
+        return None
+    return IntegerLayer(gm.get_submodule(str(node.target)), source, str(node.target))
+
+
+def _kernel(
+    gm: fx.GraphModule, node: fx.Node, sources: list[QParams], q: QParams, bounds: tuple[int, int]
+) -> nn.Module | None:
+    """The integer kernel of an operation without weights; None where it has none."""
+    op = find_op(gm, node)
+    if node.target in (operator.add, operator.mul):
+        pair = sources if len(sources) == 2 else sources * 2  # x + x has one source
+        return (IntegerAdd if node.target is operator.add else IntegerMul)(pair[0], pair[1], q, bounds)
+    if is_global_mean(gm, node):
+        return IntegerMean(sources[0], q, bounds)
+    if op is not None and op.name == "avg_pool":
+        return IntegerAverage(gm.get_submodule(str(node.target)), sources[0], q, bounds)  # type: ignore[arg-type]
+    if op is not None and op.name in _TABLES:
+        return IntegerTable(_FUNCTIONS.get(op.name, gm.get_submodule(str(node.target))), sources[0], q, bounds)
+    return None
+
+
+def _replace_float(gm: fx.GraphModule, node: fx.Node, student: fx.GraphModule) -> None:
+    """Gives an operation that stays float the runtime's arithmetic, where it is not torch's."""
+    op = find_op(gm, node)
+    if op is None or node.op != "call_module":
+        return
+    module = gm.get_submodule(str(node.target))
+    if isinstance(module, BATCH_NORMS):
+        _become(gm, node, runtime.ChannelAffine(module), node.args)  # type: ignore[arg-type]
+    elif isinstance(module, ResizeBilinear):
+        _become(gm, node, runtime.FourPixels(module), node.args)  # type: ignore[arg-type]
+    elif op.name in _FUNCTIONS:
+        _become(gm, node, runtime.Elementwise(_FUNCTIONS[op.name]), node.args)  # type: ignore[arg-type]
+    elif is_global_mean(gm, node) and (source := _grid(student, node.all_input_nodes[0])) is not None:
+        _become(gm, node, runtime.CodeMean(source), node.args)  # type: ignore[arg-type]
 
 
 def _replace_result(gm: fx.GraphModule, node: fx.Node, source: QParams) -> None:
@@ -218,7 +155,10 @@ def _insert(gm: fx.GraphModule, node: fx.Node, module: nn.Module, args: tuple[fx
 
 
 def _become(gm: fx.GraphModule, node: fx.Node, module: nn.Module, args: tuple[fx.Node, ...]) -> None:
-    """Makes `node` call another module; its name, value and readers stay."""
+    """Makes `node` call another module; its name, value and readers stay, and its metadata says what it was."""
+    op = find_op(gm, node)
+    if op is not None and op.role != "quant":
+        node.meta["operation"] = op.name
     path = f"integer_{node.name}"
     gm.add_submodule(path, module)
     node.target, node.args, node.kwargs, node.op = path, args, {}, "call_module"

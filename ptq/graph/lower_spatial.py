@@ -50,8 +50,9 @@ def avg_pool(call: Call) -> list[Step]:
     floor = tuple((size + 2 * p - k) // s + 1 for size, p, k, s in zip(call.shape[-2:], pads, kernel, stride))
     ceil = bool(call.get(4, "ceil_mode", False)) and floor != tuple(call.out[-2:])
     counts_pads = bool(call.get(5, "count_include_pad", True)) and any(pads)
-    if ceil and counts_pads:
-        raise Unsupported("average pooling with ceil_mode that counts its padding, which runtimes disagree on")
+    if ceil and counts_pads:  # torch counts padding but not what is beyond it, runtimes all or nothing: make it pixels
+        (ph, pw) = pads
+        return [Pad((pw, pw, ph, ph)), nn.AvgPool2d(kernel, stride, 0, True, False)]
     return [nn.AvgPool2d(kernel, stride, pads, ceil, counts_pads)]
 
 

@@ -105,6 +105,26 @@ def find_op(gm: fx.GraphModule, node: fx.Node) -> Op | None:
     return OPS.get(parametrize.type_before_parametrizations(gm.get_submodule(str(node.target))))
 
 
+def is_global_mean(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node averages all of height and width."""
+    op = find_op(gm, node)
+    if op is None or op.name != "avg_pool":
+        return False
+    pool, shape = gm.get_submodule(str(node.target)), node.all_input_nodes[0].meta["shape"]
+    sizes: tuple[Any, Any] = (pool.kernel_size, pool.padding)
+    kernel, padding = ([v, v] if isinstance(v, int) else list(v) for v in sizes)
+    return kernel == list(shape[-2:]) and not any(padding)
+
+
+def is_read_as_float(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node of a student is not quantized: neither it nor a clamp behind it is what a quantizer reads."""
+    users = [u for u in node.users if u.op != "output"]
+    behind = [find_op(gm, u) for u in users]
+    if len(users) == 1 and behind[0] is not None and behind[0].role == "clamp":
+        return is_read_as_float(gm, users[0])
+    return all(op is None or op.role != "quant" for op in behind)
+
+
 def moves(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node only rearranges values that are on their source's grid already."""
     op = find_op(gm, node)

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from onnx import TensorProto, numpy_helper
 from ptq.exporters._onnx_builder import Builder
-from ptq.exporters._onnx_ops import resize_scale
 from ptq.exporters._parity import compare, count_kernels
+from torch import nn
 
 import ptq
+from ptq.graph.runtime_functions import resize_scale
 from tests.graph.test_serialize import Everything
 from tests.graph.test_trace import Around
 from tests.zoo import SHAPE, ZOO, build, images
@@ -197,3 +198,15 @@ def test_a_skipped_layer_runs_in_float(name, quantized, tmp_path):
     proof = ptq.export(qm, "onnx_qdq", tmp_path / "m.onnx", images=images())
     assert proof["passed"] and len(proof["float_layers"]) == 2 and proof["integer_layers"] == len(paths) - 2
     assert all(t["steps"] <= 1 and t["differing"] <= max(2, 1e-3 * t["elements"]) for t in proof["tensors"])
+
+
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 3, 0), (3, 2, 1), (2, 2, 0), (4, 3, 2), (3, 1, 1)])
+def test_local_means_with_windows_beyond_the_edge(kernel, stride, padding, counted, tmp_path):
+    """Torch counts padding, but not what is beyond it, of which runtimes count all or nothing."""
+    pool = nn.AvgPool2d(kernel, stride, padding, ceil_mode=True, count_include_pad=counted)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), pool, nn.Conv2d(8, 10, 3), nn.ReLU(), nn.AvgPool2d(2))
+    qm = ptq.quantize(net.eval(), "w8a8", images(), input_shape=SHAPE, rounding="nearest")
+    proof = ptq.export(qm, "onnx_qdq", tmp_path / "m.onnx", images=images())
+    assert proof["worst_steps"] <= 1
+    assert count_kernels(tmp_path / "m.onnx")["kernels"]["QLinearAveragePool"] == 1

@@ -6,7 +6,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from ptq.graph.integer import IntegerAdd
+from ptq.graph.integer_kernels import IntegerAdd
 from ptq.quant.affine import QParams, dequantize
 from ptq.spec import QuantSpec
 
