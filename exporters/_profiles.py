@@ -21,7 +21,8 @@ class Profile:
 
     zero_points: whether activations may have some other than the container's least value or 0. symmetric_weights: whether
     weights may not. power_of_two: whether scales must be. literal: whether its files are verified as they are written,
-    without onnxruntime's optimizations, which break on them (signed codes before a max pool; 4-bit types).
+    without onnxruntime's optimizations, which break on them (signed codes before a max pool; 4-bit types). placement: which
+    tensors have codes, see `PlanRules`.
     """
 
     summary: str
@@ -33,6 +34,7 @@ class Profile:
     symmetric_weights: bool = False
     power_of_two: bool = False
     literal: bool = False
+    placement: Literal["everywhere", "inputs"] = "everywhere"
 
     def objections(self, plan: QuantPlan) -> Iterator[str]:
         """What of a plan the target cannot do: which layer or value, why, and the remedy."""
@@ -62,8 +64,8 @@ PROFILES: dict[str, Profile] = {
     "ort": Profile("onnxruntime on CPUs: bytes, packed weights, every layer in an integer kernel"),
     "openvino": Profile("OpenVINO: as ort, weights without zero points", symmetric_weights=True),
     "tensorrt": Profile(
-        "TensorRT: signed codes without zero points, float biases", container="signed", narrow="clip values",
-        weights="bytes", biases="float", zero_points=False, symmetric_weights=True, literal=True,
+        "TensorRT: signed codes without zero points before weighted layers, float biases", container="signed", narrow="clip values",
+        weights="bytes", biases="float", zero_points=False, symmetric_weights=True, literal=True, placement="inputs",
     ),
     "qnn": Profile("Qualcomm QNN: 8-bit activations, 4-bit weights as such", narrow="none", weights="packed", symmetric_weights=True),
     "tflite": Profile(

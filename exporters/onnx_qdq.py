@@ -7,6 +7,7 @@ monotone: Q(min(max(x, 0), 6)) = min(max(Q(x), Q(0)), Q(6)). Weights are integer
 accumulator's grid. Opset 21; the batch size is free.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -24,8 +25,8 @@ from ptq.contracts import Presets
 from ptq.errors import ExportError, SpecError
 from ptq.graph.insert import quantizer_of
 from ptq.graph.integer import code_bounds
-from ptq.graph.ops import find_op, input_node, output_node
-from ptq.graph.plan import QuantPlan, merged_clamp
+from ptq.graph.ops import find_op, input_node, output_node, weighted_nodes
+from ptq.graph.plan import QuantPlan, entering, merged_clamp
 from ptq.quant.affine import QParams
 from ptq.quant.fake_quant import ActFakeQuant
 
@@ -46,18 +47,31 @@ class OnnxQdq:
     positional: ClassVar[str] = "profile"
     aliases: ClassVar[dict[str, dict[str, str]]] = {name: {"profile": name} for name in PROFILES}  # --target tensorrt
 
+    @property
+    def placement(self) -> str:
+        """Which tensors the target wants codes of, see `PlanRules`."""
+        return PROFILES[self.profile].placement
+
     def __post_init__(self) -> None:
         if self.profile not in PROFILES:
             raise SpecError(f"unknown target profile {self.profile!r}; known: {', '.join(PROFILES)}")
 
     def check(self, graph: fx.GraphModule, plan: QuantPlan) -> None:
         """Raises ExportError, naming layer or value and the remedy, if the target cannot do what is planned."""
-        for objection in PROFILES[self.profile].objections(plan):
+        for objection in (*PROFILES[self.profile].objections(plan), *self._misplaced(graph, plan)):
             raise ExportError(f"{self.profile} cannot take this plan: {objection}")
         for node in graph.graph.nodes:
             op = find_op(graph, node)
             if op is not None and op.role != "quant" and op.name not in EMITTERS:
                 raise ExportError(f"{node.meta.get('value')}: operation {op.name} has no ONNX form in this exporter")
+
+    def _misplaced(self, graph: fx.GraphModule, plan: QuantPlan) -> Iterator[str]:
+        """Values with codes that the target wants float."""
+        if self.placement == "inputs":
+            wanted = entering(graph, {n for n in weighted_nodes(graph) if str(n.target) in plan.weights})
+            names = {n.meta.get("value") for n in wanted}
+            for value in (v for v in plan.values if v not in names):
+                yield f"value {value}: it enters no convolution or linear layer and yet has codes; add --placement inputs"
 
     def export(self, qm: QuantizedModel, path: Path) -> Path:
         """Writes `path`. The file passes the ONNX checker's full check and strict shape inference.

@@ -7,7 +7,7 @@ from typing import Any
 
 from ptq.contracts import EFFORTS
 from ptq.quant.ranges import RANGES
-from ptq.spec import ACTIVATIONS, EDGES, SCALES, WEIGHTS
+from ptq.spec import ACTIVATIONS, EDGES, PLACEMENTS, SCALES, WEIGHTS
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -134,6 +134,11 @@ def _model_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--scales", choices=SCALES, help="free, or power_of_two, so that hardware rescales by shifts; default free"
     )
+    p.add_argument(
+        "--placement", choices=("auto", *PLACEMENTS),
+        help="which tensors have codes: everywhere, or only what enters convolutions and linear layers and one of two addends, "
+        "inputs; default auto: as the target wants it",
+    )  # fmt: skip
     p.add_argument(
         "--set", dest="layers", action="append", metavar="LAYER=BITS",
         help="widths of the layers that match, 'layer3.*=w8a8', fc=w8, conv1=a8; may be repeated, the last match counts",

@@ -260,6 +260,11 @@ class Exporter(Protocol):
     suffix: ClassVar[str]  # of the file it writes, with the dot
     presets: ClassVar[Presets]
 
+    @property
+    def placement(self) -> str:
+        """Which tensors the target wants codes of: a setting of `PlanRules`."""
+        ...
+
     def check(self, graph: fx.GraphModule, plan: QuantPlan) -> None:
         """Raises ExportError if the target cannot hold the planned network; called before any work is spent."""
         ...

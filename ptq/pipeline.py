@@ -48,6 +48,7 @@ def quantize(
     weights: str = "auto",
     activations: str = "unsigned",
     scales: str = "free",
+    placement: str = "auto",
     layers: Iterable[str | Override] = (),
     plan: QuantPlan | str | Path | None = None,
     effort: str = "standard",
@@ -76,7 +77,8 @@ def quantize(
         ranges: how scales are chosen, see `ptq.quant.ranges`: "lp_best", "lp:2", "percentile:99.9", "minmax", …
         finish: a joint pass over all layers after rounding: "logits", with options, or a finisher object.
         repair: "equalize", "bias", "analytic_bias", "statistics", joined by +; see `ptq.spec.Repair`.
-        edges, adds, weights, activations, scales: where which grid goes, see `ptq.spec.PlanRules`.
+        edges, adds, weights, activations, scales, placement: where which grid goes, see `ptq.spec.PlanRules`; "auto" places
+            codes as the target wants them, everywhere without one.
         layers: widths of single layers, "layer3.*=w8a8", "fc=w8", "conv1=float"; of several that match, the last counts.
         plan: every width, in place of `bits` and the rules: a plan or the `plan.json` of an earlier run.
         effort: "quick", "standard" or "full" (the papers' numbers): defaults for what `data` and `rounding` leave open.
@@ -96,12 +98,14 @@ def quantize(
         SpecError, PluginError, ModelError, CalibrationError, ExportError, ReconstructionError: a bad argument, before any
             work is spent, or a network that cannot be served; the message says what to do.
     """
-    rules = PlanRules(edges, adds, weights, activations, scales, tuple(map(_override, layers)))
+    images_from, (method, finisher, exporter) = build_source(data, effort), _plugins(rounding, finish, target, effort)
+    if placement == "auto":
+        placement = "everywhere" if exporter is None else exporter.placement
+    rules = PlanRules(edges, adds, weights, activations, scales, tuple(map(_override, layers)), placement=placement)
     if plan is not None and rules.overrides:
         raise SpecError(f"a plan and {rules.overrides[0]} given; a plan says every width already")
     wanted = None if plan is not None else read_bits(bits)
     estimates, mends = estimators(ranges), Repair.parse(repair) if isinstance(repair, str) else repair
-    images_from, (method, finisher, exporter) = build_source(data, effort), _plugins(rounding, finish, target, effort)
     memory, run = _bytes(cache_memory), start_run(input_shape, device, seed, mean, std, feedback, cache)
     common: dict[str, Any] = {"device": run.device, "feedback": replace(run.feedback, note=run.note)}
     networks, folded = run.timed("trace", _prepare, model, teachers, run, mends)
@@ -136,7 +140,7 @@ def quantize(
     recipe = {
         "bits": asked, "data": _describe(images_from), "rounding": plugins.describe(method), "ranges": ranges,
         "edges": edges, "adds": adds, "weights": weights, "activations": activations, "scales": scales,
-        "layers": [str(o) for o in rules.overrides], "repair": str(mends),
+        "placement": rules.placement, "layers": [str(o) for o in rules.overrides], "repair": str(mends),
         "finish": None if finisher is None else plugins.describe(finisher),
         "seed": seed, "device": str(device), "further_teachers": len(teachers),
     }  # fmt: skip

@@ -10,6 +10,7 @@ EDGES = ("brecq", "qdrop", "all")
 WEIGHTS = ("auto", "symmetric", "asymmetric")
 ACTIVATIONS = ("unsigned", "signed")
 SCALES = ("free", "power_of_two")
+PLACEMENTS = ("everywhere", "inputs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +153,8 @@ class PlanRules:
     activations: "unsigned" codes, with a zero point where a tensor has negative values, or "signed": symmetric about 0.
     scales: "free", or "power_of_two": every scale, which training then leaves alone.
     overrides: widths of single layers; of several that match, the last counts.
+    placement: "everywhere": every tensor has codes, so that integer kernels follow one another; or "inputs": only what enters
+        convolutions and linear layers, and one of two addends, as TensorRT fuses them.
 
     Raises:
         SpecError: an unknown setting, or `adds` outside 2…8.
@@ -164,11 +167,12 @@ class PlanRules:
     scales: str = "free"
     overrides: tuple[Override, ...] = ()
     asymmetric_below: int = 5
+    placement: str = "everywhere"
 
     def __post_init__(self) -> None:
         for what, given, known in (
             ("edge", self.edges, EDGES), ("weight", self.weights, WEIGHTS), ("activation", self.activations, ACTIVATIONS),
-            ("scale", self.scales, SCALES),
+            ("scale", self.scales, SCALES), ("placement", self.placement, PLACEMENTS),
         ):  # fmt: skip
             if given not in known:
                 raise SpecError(f"unknown {what} setting {given!r}; known: {', '.join(known)}")

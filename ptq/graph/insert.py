@@ -64,7 +64,8 @@ def quantizer_of(gm: fx.GraphModule, value: str) -> ActFakeQuant | None:
             return None
         node = node.all_input_nodes[0]
     if node.op == "call_function" and moves(gm, node):
-        return quantizer_of(gm, node.all_input_nodes[0].meta["value"])
+        found = [quantizer_of(gm, n.meta["value"]) for n in node.all_input_nodes]
+        return found[0] if all(q is found[0] for q in found) else None
     return None
 
 

@@ -82,6 +82,9 @@ def make_plan(gm: fx.GraphModule, bits: BitConfig, rules: PlanRules) -> QuantPla
             )
         return QuantPlan(weights, {})
     quantized = _without_skipped(gm, quantized_nodes(gm), set(kept), set(layers) - set(kept))
+    if rules.placement == "inputs":
+        needed = entering(gm, set(kept))
+        quantized = [n for n in quantized if n in needed]
     groups = _tie(gm, quantized)
     positive = _nonnegative(gm)
     values: dict[str, QuantSpec] = {}
@@ -141,6 +144,41 @@ def _without_skipped(
             if op is not None and reader not in skipped and (not passes or reader in wanted):
                 wanted.add(node)
     return [n for n in nodes if n in wanted]
+
+
+def entering(gm: fx.GraphModule, layers: set[fx.Node]) -> set[fx.Node]:
+    """The nodes that have codes where Q/DQ pairs stand before weighted layers only, of a folded network or of a student.
+
+    A layer's float sum and the addition behind it become one kernel, if the other addend has codes:
+
+        conv ──────────► add ──► relu ──► Q/DQ ──► conv
+        shortcut ─► Q/DQ ─┘
+
+    So of two addends without codes the shortcut gets them: the one with fewer weighted layers before it.
+    """
+    found = _carried(gm, layers, set())
+    depth: dict[fx.Node, int] = {}
+    shortcuts = set()
+    for node in gm.graph.nodes:
+        sources, op = node.all_input_nodes, find_op(gm, node)
+        depth[node] = max((depth[n] for n in sources), default=0) + (op is not None and op.role == "weighted")
+        if op is not None and op.name == "add" and len(sources) == 2 and not found & set(sources):
+            shortcuts.add(
+                min(reversed(sources), key=lambda n: depth[n])
+            )  # of equals the second, as most networks write it
+    return _carried(gm, layers, shortcuts)
+
+
+def _carried(gm: fx.GraphModule, layers: set[fx.Node], also: set[fx.Node]) -> set[fx.Node]:
+    """What reaches one of the layers, or is among `also`, by mere moves and merged clamps."""
+    found = set(also)
+    for node in reversed(gm.graph.nodes):
+        for reader in node.users:
+            op = find_op(gm, reader)
+            passes = op is not None and (op.role in ("same", "concat", "quant") or merged_clamp(gm, node) is reader)
+            if reader in layers or (passes and reader in found):
+                found.add(node)
+    return found
 
 
 def merged_clamp(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:

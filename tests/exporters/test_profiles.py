@@ -87,6 +87,12 @@ def test_types(target, activation, weight, stored, bias, tmp_path):
             r"layer [\w.]+: its weights have zero points; add --weights symmetric",
         ),
         ("openvino", "w4a4", {}, "add --weights symmetric"),
+        (
+            "tensorrt",
+            "w8a8",
+            {"activations": "signed", "placement": "everywhere"},
+            r"value \w+: .*add --placement inputs",
+        ),
         ("qnn", "w4a4", {"weights": "symmetric"}, r"value \w+: 4 bits; activations have 8 there"),
         ("tflite", "w8a4", {}, "4 bits; activations have 8 there"),
         ("pot", "w8a8", {"activations": "signed"}, "add --scales power_of_two"),
@@ -99,6 +105,36 @@ def test_what_a_target_cannot_do_is_said_before_any_work(target, bits, options, 
 
     with pytest.raises(ExportError, match=rf"^{target} cannot take this plan: .*{says}"):
         ptq.quantize(build("residual"), bits, no_images(), input_shape=SHAPE, target=target, **options)
+
+
+@pytest.mark.parametrize("name", ["residual", "shared_relu", "pre_activation"])
+def test_tensorrt_fuses_additions_with_the_layer_before(name, tmp_path):
+    """One addend of every addition is a layer's own float sum, the other comes from DequantizeLinear; of what a layer yields, only
+    what a layer reads, or a shortcut, has codes."""
+    ptq.export(_quantized(name, "tensorrt"), "tensorrt", tmp_path / "m.onnx", images=images())
+    nodes = onnx.load(str(tmp_path / "m.onnx")).graph.node
+    made = {n.output[0]: n for n in nodes}
+    additions = [n for n in nodes if n.op_type == "Add"]
+    assert len(additions) == 2 if name != "shared_relu" else 1
+    for n in additions:
+        fed = sorted(_source(made, v).op_type for v in n.input)
+        assert fed == ["Conv", "DequantizeLinear"], fed
+    for n in (n for n in nodes if n.op_type in ("Conv", "Gemm")):
+        assert made[n.input[0]].op_type == "DequantizeLinear" and made[n.input[1]].op_type == "DequantizeLinear"
+
+
+def _source(made: dict, value: str) -> onnx.NodeProto:
+    """What yields a value, before mere moves of it."""
+    while made[value].op_type in ("Pad", "Slice"):
+        value = made[value].input[0]
+    return made[value]
+
+
+def test_a_network_with_codes_everywhere_is_not_exported_for_tensorrt(tmp_path):
+    qm = ptq.quantize(build("residual"), "w8a8", images(), input_shape=SHAPE, rounding="nearest", activations="signed")
+    with pytest.raises(ExportError, match=r"tensorrt cannot take this plan: value \w+: .* add --placement inputs"):
+        ptq.export(qm, "tensorrt", tmp_path / "m.onnx", images=images())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_names():

@@ -247,3 +247,22 @@ def test_a_plan_of_another_network_is_refused():
     with pytest.raises(SpecError, match="another network"):
         _plan(_folded("plain")).check(_folded("residual"))
     _plan(_folded("plain")).check(_folded("plain"))
+
+
+def test_codes_before_weighted_layers_only():
+    """Beside what layers read, one addend of two: the shortcut, even where a layer yields it."""
+    folded = _folded("residual")
+    everywhere, plan = _plan(folded, "w8a8"), _plan(folded, "w8a8", placement="inputs")
+    read = {plan.group(n.all_input_nodes[0].meta["value"]) for n in weighted_nodes(folded)}
+    (shortcut,) = {plan.group(v) for v in plan.values} - read
+    made = next(n for n in folded.graph.nodes if n.meta.get("value") == shortcut)
+    assert made.target == "layers.1.shortcut.0" and len(everywhere.values) > len(plan.values)
+    assert plan.weights == everywhere.weights and all(everywhere.values[v] == s for v, s in plan.values.items())
+
+
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_what_layers_read_has_codes_in_every_placement(name):
+    folded = _folded(name)
+    plan = _plan(folded, "w8a8", placement="inputs")
+    assert {n.all_input_nodes[0].meta["value"] for n in weighted_nodes(folded)} <= set(plan.values)
+    assert all(tie <= set(plan.values) for tie in plan.ties)
