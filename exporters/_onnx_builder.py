@@ -9,6 +9,12 @@ from ptq.exporters._profiles import PROFILES, Profile
 from torch import fx
 
 
+# Types of fewer than 8 bits, by width and sign.
+PACKED = {
+    (4, True): TensorProto.INT4, (4, False): TensorProto.UINT4, (2, True): TensorProto.INT2, (2, False): TensorProto.UINT2,
+}  # fmt: skip
+
+
 class Builder:
     """Collects nodes and initializers of one ONNX graph; `names` maps each FX node to its (float) tensor."""
 
@@ -28,17 +34,12 @@ class Builder:
         self.initializers[name] = numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name)
         return name
 
-    def int4(self, name: str, codes: np.ndarray) -> str:
-        """Adds an INT4 initializer, two codes a byte, the first in the low half."""
-        return self.four_bits(name, codes, True)
-
-    def four_bits(self, name: str, codes: np.ndarray, signed: bool) -> str:
-        """Adds an INT4 or UINT4 initializer, packed likewise."""
-        flat = codes.astype(np.int8).reshape(-1)
-        flat = np.append(flat, np.int8(0)) if flat.size % 2 else flat
-        packed = ((flat[0::2] & 0xF) | ((flat[1::2] & 0xF) << 4)).astype(np.uint8)
-        kind = TensorProto.INT4 if signed else TensorProto.UINT4
-        self.initializers[name] = helper.make_tensor(name, kind, codes.shape, packed.tobytes(), raw=True)
+    def packed(self, name: str, codes: np.ndarray, bits: int = 4, signed: bool = True) -> str:
+        """Adds an initializer of a type of 4 or 2 bits, two or four codes a byte, the first in the lowest bits."""
+        flat = codes.astype(np.int64).reshape(-1) & (2**bits - 1)
+        flat = np.append(flat, np.zeros(-flat.size % (8 // bits), dtype=np.int64)).reshape(-1, 8 // bits)
+        raw = (flat << (bits * np.arange(8 // bits))).sum(1).astype(np.uint8).tobytes()
+        self.initializers[name] = helper.make_tensor(name, PACKED[bits, signed], codes.shape, raw, raw=True)
         return name
 
     def module(self, node: fx.Node) -> Any:

@@ -31,11 +31,12 @@ def _weight(b: Builder, node: fx.Node, transpose: bool = False) -> str:
     codes, q = held[0].cpu().numpy(), held[1]
     codes = codes.T if transpose else codes
     axis = 1 if transpose else 0
-    if q.spec.bits <= 4 and b.profile.weights != "bytes":
-        packed = b.int4(f"{path}.weight.int4", codes)
+    width = b.profile.weight_width(q.spec)
+    if width < 8:
+        packed = b.packed(f"{path}.weight.int{width}", codes, width)
         if b.profile.weights == "packed":
             scale = b.constant(f"{path}.weight.scale", q.scale.detach().cpu().numpy())
-            zero = b.int4(f"{path}.weight.zero_point", q.zero_point.cpu().numpy())
+            zero = b.packed(f"{path}.weight.zero_point", q.zero_point.cpu().numpy(), width)
             return b.add("DequantizeLinear", [packed, scale, zero], f"{path}.weight", axis=axis)
         stored = b.add("Cast", [packed], f"{path}.weight.codes", to=TensorProto.INT8)
     else:
@@ -70,9 +71,11 @@ def quantize_value(b: Builder, x: str, name: str, q: QParams, bounds: tuple[int,
     shift, unsigned = b.profile.shift(q), b.profile.container == "unsigned"
     scale = b.constant(f"{name}.scale", q.scale.detach().cpu().numpy())
     low, high = bounds[0] + shift, bounds[1] + shift
-    if b.profile.native(q.spec):
-        zero = b.four_bits(f"{name}.zero_point", q.zero_point.cpu().numpy(), q.spec.signed)
-        (low, high), ends_of_type = bounds, (-8, 7) if q.spec.signed else (0, 15)
+    width = b.profile.native_width(q.spec)
+    if width < 8:
+        zero = b.packed(f"{name}.zero_point", q.zero_point.cpu().numpy(), width, q.spec.signed)
+        least = -(2 ** (width - 1)) if q.spec.signed else 0
+        (low, high), ends_of_type = bounds, (least, least + 2**width - 1)
     else:
         kind = np.uint8 if unsigned else np.int8
         zero = b.constant(f"{name}.zero_point", (q.zero_point.cpu().numpy() + shift).astype(kind))

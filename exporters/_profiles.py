@@ -1,7 +1,7 @@
 """What integer runtimes and accelerators demand of a QDQ file: one integer grid, rendered as each of them wants it.
 
 container    bytes that hold activation codes: unsigned, or signed, 128 lower with a zero point 128 lower
-narrow       fewer than 8 bits of activations: a Clip of the codes, a Clip of the real values, types of 4 bits, or not at all
+narrow       fewer than 8 bits of activations: a Clip of the codes, a Clip of the real values, types of 4 and 2 bits, or not at all
 weights      up to 4 bits: packed and widened by a Cast, packed, or as bytes
 """
 
@@ -21,7 +21,7 @@ class Profile:
 
     zero_points: whether activations may have some other than the container's least value or 0. symmetric_weights: whether
     weights may not. power_of_two: whether scales must be. literal: whether its files are verified as they are written,
-    without onnxruntime's optimizations, which break on them (signed codes before a max pool; 4-bit types). placement: which
+    without onnxruntime's optimizations, which break on them (signed codes before a max pool; types of 4 and 2 bits). placement: which
     tensors have codes, see `PlanRules`.
     """
 
@@ -55,9 +55,14 @@ class Profile:
         """What the file adds to an activation's codes and zero point."""
         return stored_shift(q) - (0 if self.container == "unsigned" else 128)
 
-    def native(self, spec: QuantSpec) -> bool:
-        """Whether an activation is stored in a type of 4 bits."""
-        return self.narrow == "native" and spec.bits <= 4
+    def native_width(self, spec: QuantSpec) -> int:
+        """Bits of the type that holds an activation's codes."""
+        return 8 if self.narrow != "native" else next(width for width in (2, 4, 8) if spec.bits <= width)
+
+    def weight_width(self, spec: QuantSpec) -> int:
+        """Bits of the type that holds a weight's codes. Types of 2 bits are for files that need nothing older than opset 25."""
+        widths = (2, 4, 8) if self.narrow == "native" else (8,) if self.weights == "bytes" else (4, 8)
+        return next(width for width in widths if spec.bits <= width)
 
 
 PROFILES: dict[str, Profile] = {
@@ -80,5 +85,5 @@ PROFILES: dict[str, Profile] = {
         "shifts only: powers of two, symmetric", container="signed", narrow="clip codes", weights="bytes",
         zero_points=False, symmetric_weights=True, power_of_two=True,
     ),
-    "native": Profile("4-bit types for whatever fits them", narrow="native", weights="packed", literal=True),
+    "native": Profile("types of 4 and 2 bits for whatever fits them", narrow="native", weights="packed", literal=True),
 }  # fmt: skip

@@ -4,7 +4,7 @@
 
 Every quantized tensor passes through one such pair; a ReLU or ReLU6 is part of the clipping, exactly, because rounding is
 monotone: Q(min(max(x, 0), 6)) = min(max(Q(x), Q(0)), Q(6)). Weights are integer initializers, biases int32 on the
-accumulator's grid. Opset 21; the batch size is free.
+accumulator's grid. Opset 21, or 25 where a target takes types of 2 bits; the batch size is free.
 """
 
 from collections.abc import Iterator
@@ -32,7 +32,8 @@ from ptq.quant.fake_quant import ActFakeQuant
 
 __all__ = ["OnnxQdq"]
 
-_OPSET, _IR = 21, 10  # the first opset with INT4, and its file format
+_OPSET, _IR = 21, 10  # the first opset with types of 4 bits, and its file format
+_OPSET_2, _IR_2 = 25, 13  # likewise of 2 bits
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,10 @@ def build_model(qm: QuantizedModel, profile: Profile = PROFILES["ort"]) -> onnx.
         [helper.make_tensor_value_info("output", TensorProto.FLOAT, ["N", *result.meta["shape"]])],
         list(b.initializers.values()),
     )  # fmt: skip
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], producer_name="ptq")
-    model.ir_version = _IR
-    return model
+    two_bits = any(t.data_type in (TensorProto.INT2, TensorProto.UINT2) for t in b.initializers.values())
+    opset, ir = (_OPSET_2, _IR_2) if two_bits else (_OPSET, _IR)
+    opsets = [helper.make_opsetid("", opset)]
+    return helper.make_model(graph, opset_imports=opsets, producer_name="ptq", ir_version=ir)
 
 
 def _tensor_name(node: fx.Node) -> str:

@@ -113,8 +113,18 @@ def test_weights_are_packed_and_biases_int32(quantized, tmp_path):
 def test_packing_of_an_odd_number_of_codes():
     codes = np.array([-8, 7, -1, 3, 0], dtype=np.int8)
     b = Builder(torch.fx.symbolic_trace(torch.nn.Identity()))
-    b.int4("t", codes)
+    b.packed("t", codes)
     assert np.array_equal(numpy_helper.to_array(b.initializers["t"]).astype(np.int8), codes)
+
+
+def test_packing_of_two_bits():
+    codes = np.array([[-2, 1, -1], [0, 1, -2]], dtype=np.int8)
+    b = Builder(torch.fx.symbolic_trace(torch.nn.Identity()))
+    b.packed("s", codes, 2)
+    b.packed("u", codes & 3, 2, signed=False)
+    assert len(b.initializers["s"].raw_data) == 2 and b.initializers["u"].data_type == TensorProto.UINT2
+    assert np.array_equal(numpy_helper.to_array(b.initializers["s"]).astype(np.int8), codes)
+    assert np.array_equal(numpy_helper.to_array(b.initializers["u"]).astype(np.int8), codes & 3)
 
 
 def test_scales_are_scalars_and_the_batch_is_free(quantized, tmp_path):

@@ -1,8 +1,13 @@
 """One integer grid, rendered as each target wants it: every file computes what was simulated."""
 
+from dataclasses import replace
+
+import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto
+from onnx.reference import ReferenceEvaluator
+from ptq.exporters._parity import open_session
 from ptq.exporters._profiles import PROFILES
 from ptq.exporters.onnx_qdq import OnnxQdq
 
@@ -135,6 +140,51 @@ def test_a_network_with_codes_everywhere_is_not_exported_for_tensorrt(tmp_path):
     with pytest.raises(ExportError, match=r"tensorrt cannot take this plan: value \w+: .* add --placement inputs"):
         ptq.export(qm, "tensorrt", tmp_path / "m.onnx", images=images())
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("activations", ["unsigned", "signed"])
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_types_of_two_bits(name, activations, tmp_path):
+    qm = ptq.quantize(
+        build(name), "w2a2", images(), input_shape=SHAPE, rounding="nearest", target="native", activations=activations,
+        edges="qdrop",
+    )  # fmt: skip
+    path = tmp_path / "m.onnx"
+    proof = ptq.export(qm, "native", path, images=images())
+    assert proof["passed"] and proof["worst_steps"] <= 1
+    model = onnx.load(str(path))
+    onnx.checker.check_model(model, full_check=True)
+    assert model.opset_import[0].version == 25 and model.ir_version == 13
+    kinds = {TensorProto.DataType.Name(t.data_type) for t in model.graph.initializer}
+    assert {"INT2", "INT2" if activations == "signed" else "UINT2"} <= kinds and not {"INT4", "UINT4"} & kinds
+    x = images(2, seed=3).numpy()
+    (expected,) = open_session(path, literal=True).run(None, {"input": x})
+    (reference,) = ReferenceEvaluator(model).run(None, {"input": x})
+    scale = np.abs(expected).max()
+    assert np.abs(reference - expected).max() <= 0.05 * scale  # steps of 2 bits that fall to the other side are larger than this
+
+
+def test_opset_25_only_where_two_bits_are(tmp_path):
+    ptq.export(_quantized("plain", "native"), "native", tmp_path / "m.onnx", images=images()[:8])
+    assert onnx.load(str(tmp_path / "m.onnx")).opset_import[0].version == 21
+
+
+# What onnxruntime's optimizer does to a valid file; (target, widths, network).
+BROKEN = {
+    "types of 4 bits before a max pool": ("native", "w4a4", "plain"),
+    "weights of 2 bits in a convolution": ("native", "w2a8", "residual"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_files_that_the_optimizer_breaks_are_run_as_they_are_written(what, tmp_path, monkeypatch):
+    """The guard is the profile's `literal`; without it the very same export fails."""
+    target, bits, name = BROKEN[what]
+    qm = ptq.quantize(build(name), bits, images(), input_shape=SHAPE, rounding="nearest", target=target)
+    assert ptq.export(qm, target, tmp_path / "m.onnx", images=images()[:8])["passed"]
+    monkeypatch.setitem(PROFILES, target, replace(PROFILES[target], literal=False))
+    with pytest.raises(ExportError, match="onnxruntime does not load the exported model"):
+        ptq.export(qm, target, tmp_path / "n.onnx", images=images()[:8])
 
 
 def test_names():
