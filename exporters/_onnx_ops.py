@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from ptq.graph.insert import quantizer_of
 from ptq.graph.ops import find_op, is_global_mean, is_read_as_float
-from ptq.graph.runtime_functions import resize_scale
+from ptq.graph.runtime_functions import resize_scale, window_weights
 from ptq.quant.affine import QParams
 from ptq.quant.fake_quant import integer_codes
 
@@ -230,13 +230,17 @@ def _resize_bilinear(b: Builder, node: fx.Node, out: str) -> str:
 
 
 def _adaptive_average(b: Builder, node: fx.Node, out: str) -> str:
-    """Windows of different sizes have no operator: averages over rows and over columns, each a product with a matrix."""
-    height, width = (
-        F.adaptive_avg_pool1d(torch.eye(n)[None], size)[0].numpy()  # [n, size]
-        for n, size in zip(node.all_input_nodes[0].meta["shape"][-2:], b.module(node).size)
-    )
-    rows = b.add("MatMul", [b.constant(f"{out}.rows", height.T), *b.inputs(node)], f"{out}.narrow")
-    return b.add("MatMul", [rows, b.constant(f"{out}.columns", width)], out)
+    """Windows of different sizes have no operator: averages over rows and over columns, each a product with a matrix; with a sum
+    of one tensor behind, see `_stays_float`."""
+    source, size = node.all_input_nodes[0].meta["shape"][-2:], b.module(node).size
+    height, width = (window_weights(*lengths).numpy() for lengths in zip(source, size))  # [before, after]
+    narrow = b.add("MatMul", [b.constant(f"{out}.window_rows", height.T), *b.inputs(node)], f"{out}.narrow")
+    return b.add("Sum", [b.add("MatMul", [narrow, b.constant(f"{out}.window_columns", width)], f"{out}.float")], out)
+
+
+def is_matrix_of_means(name: str) -> bool:
+    """Whether an initializer is no layer's weight but a matrix of `_adaptive_average`."""
+    return name.endswith((".window_rows", ".window_columns"))
 
 
 def _conv_transpose(b: Builder, node: fx.Node, out: str) -> str:

@@ -13,6 +13,7 @@ single steps that pass through every layer behind them.
 
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from ptq.exporters._onnx_ops import is_matrix_of_means
 from torch import Tensor, fx
 
 from ptq.errors import ExportError
@@ -30,6 +32,12 @@ from ptq.quant.fake_quant import ActFakeQuant
 _STEPS, _SHARE, _RESULT, _AGREEMENT, _SQNR = 1, 1e-4, 1e-4, 0.995, 15.0
 _TIE = 1e-3  # steps
 _INTEGER = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "ConvInteger"}
+_TO_FLOAT = {"DequantizeLinear", "MatMulIntegerToFloat"}
+_QGEMM_INPUTS = 9  # with a scale and a zero point of the result; without, it is float
+_MOVES = {
+    "Concat", "Flatten", "Gather", "Identity", "MaxPool", "Pad", "ReorderInput", "ReorderOutput", "Reshape", "Slice", "Squeeze", "Sum",
+    "Transpose", "Unsqueeze",
+}  # fmt: skip
 _FLOAT = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
 
 
@@ -182,7 +190,8 @@ def _per_tensor(gm: fx.GraphModule, path: Path, images: Tensor, batch_size: int)
 
 
 def count_kernels(path: Path, *, literal: bool = False) -> dict[str, Any]:
-    """How many weighted layers onnxruntime runs in integer and in float, from the graph it optimized; float ones by name."""
+    """What onnxruntime runs in integer and in float, from the graph it optimized: weighted layers, the float ones by name; every
+    operation that computes in float, by name; nodes by kind."""
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
         open_session(path, optimized, literal=literal)
@@ -190,6 +199,27 @@ def count_kernels(path: Path, *, literal: bool = False) -> dict[str, Any]:
     kinds = Counter(n.op_type for n in nodes)
     return {
         "integer_layers": sum(kinds[k] for k in _INTEGER),
-        "float_layers": [n.name for n in nodes if n.op_type in _FLOAT],
+        "float_layers": [n.name for n in nodes if n.op_type in _FLOAT and not any(map(is_matrix_of_means, n.input))],
+        "float_operations": _float_operations(nodes),
         "kernels": dict(sorted(kinds.items())),
     }
+
+
+def _float_operations(nodes: Sequence[onnx.NodeProto]) -> list[str]:
+    """Names of the operations on float tensors that compute something.
+
+    Codes begin at QuantizeLinear and end at DequantizeLinear or in a kernel with a float result; other operations yield what
+    they read.
+    """
+    codes: set[str] = set()
+    found = []
+    for n in nodes:
+        reads = n.input[0] in codes
+        ends = n.op_type in _TO_FLOAT or (n.op_type == "QGemm" and len(n.input) < _QGEMM_INPUTS)
+        if n.op_type == "QuantizeLinear" or n.op_type.startswith("QLinear") or (n.op_type == "QGemm" and not ends):
+            codes |= set(n.output)
+        elif reads and not ends:
+            codes |= set(n.output)
+        elif not reads and not ends and n.op_type not in _MOVES:
+            found.append(n.name)
+    return found

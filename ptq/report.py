@@ -129,6 +129,8 @@ def _proof_section(proof: Mapping[str, Any]) -> Section:
     ]
     if floats:
         rows.append(["layers in float", ", ".join(floats[:5]) + (" …" if len(floats) > 5 else "")])
+    if others := [name for name in proof["float_operations"] if name not in floats]:
+        rows.append(["further operations in float", ", ".join(others[:5]) + (" …" if len(others) > 5 else "")])
     return Section("Exported file against the simulation", ["", ""], rows)
 
 

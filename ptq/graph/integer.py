@@ -26,7 +26,7 @@ from ptq.graph.integer_kernels import (
     Requantize,
     Rescale,
 )
-from ptq.graph.layers import ResizeBilinear
+from ptq.graph.layers import AdaptiveAverage, ResizeBilinear
 from ptq.graph.ops import BATCH_NORMS, find_op, is_global_mean, output_node
 from ptq.graph.plan import merged_clamp
 from ptq.graph.trace import rewrite
@@ -135,6 +135,8 @@ def _replace_float(gm: fx.GraphModule, node: fx.Node, student: fx.GraphModule) -
         _become(gm, node, runtime.ChannelAffine(module), node.args)  # type: ignore[arg-type]
     elif isinstance(module, ResizeBilinear):
         _become(gm, node, runtime.FourPixels(module), node.args)  # type: ignore[arg-type]
+    elif isinstance(module, AdaptiveAverage):
+        _become(gm, node, runtime.WindowMeans(module.size), node.args)  # type: ignore[arg-type]
     elif op.name in _FUNCTIONS:
         _become(gm, node, runtime.Elementwise(_FUNCTIONS[op.name]), node.args)  # type: ignore[arg-type]
     elif is_global_mean(gm, node) and (source := _grid(student, node.all_input_nodes[0])) is not None:

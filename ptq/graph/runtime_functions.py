@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ptq.graph.layers import ResizeBilinear
@@ -116,6 +117,33 @@ def resize_scale(length: int, size: int) -> np.float32:
     while int(np.float32(length) * scale) < size or int(length * float(scale)) < size:
         scale = np.nextafter(scale, np.float32(np.inf))
     return scale
+
+
+class WindowMeans(nn.Module):
+    """Means over windows of different sizes, `size` (height, width): products with one matrix for rows and one for columns, their
+    terms added one by one by fused multiply-adds."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, columns = (window_weights(n, size) for n, size in zip(x.shape[-2:], self.size))
+        narrow = _chain(x.transpose(2, 3), rows).transpose(2, 3)
+        return _chain(narrow, columns)
+
+
+def window_weights(length: int, size: int) -> Tensor:
+    """What every pixel counts in the mean of every window, [length, size]."""
+    return F.adaptive_avg_pool1d(torch.eye(length)[None], size)[0]
+
+
+def _chain(x: Tensor, weights: Tensor) -> Tensor:
+    """x @ weights, [..., length] · [length, size], in float32."""
+    total = torch.zeros(*x.shape[:-1], weights.shape[1])
+    for k in range(len(weights)):
+        total = (x[..., k : k + 1].double() * weights[k].double() + total.double()).float()
+    return total
 
 
 class FourPixels(nn.Module):

@@ -220,3 +220,35 @@ def test_local_means_with_windows_beyond_the_edge(kernel, stride, padding, count
     proof = ptq.export(qm, "onnx_qdq", tmp_path / "m.onnx", images=images())
     assert proof["worst_steps"] <= 1
     assert count_kernels(tmp_path / "m.onnx")["kernels"]["QLinearAveragePool"] == 1
+
+
+@pytest.mark.parametrize(("size", "stride"), [((7, 7), 8), ((3, 5), 2), ((5, 5), 2), ((4, 7), 1)])
+def test_means_of_uneven_windows(size, stride, tmp_path):
+    """Two products with matrices, whose weights onnxruntime would round to 8 bits but for the sum behind them."""
+    torch.manual_seed(0)
+    head = [nn.Conv2d(24, 32, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 50)]
+    net = nn.Sequential(nn.Conv2d(3, 24, 3, stride, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(size), *head).eval()
+    qm = ptq.quantize(net, "w8a8", images(), input_shape=SHAPE, rounding="nearest")
+    path = tmp_path / "m.onnx"
+    proof = ptq.export(qm, "onnx_qdq", path, images=images())
+    assert proof["worst_steps"] <= 1 and proof["differing_outputs"] == 0
+    assert proof["integer_layers"] == 3 and proof["float_layers"] == []
+    assert sum(n.endswith("/MatMul") for n in proof["float_operations"]) == 2
+
+
+def test_float_operations_are_named(tmp_path):
+    """What onnxruntime computes in float, by the exporter's own names; moves and the grid's own operators are none."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 10)
+
+        def forward(self, x):
+            return self.head(F.gelu(self.conv(x) * 2).mean((2, 3)))
+
+    qm = ptq.quantize(Net().eval(), "w8a8", images(), input_shape=SHAPE, rounding="nearest")
+    proof = ptq.export(qm, "onnx_qdq", tmp_path / "m.onnx", images=images())
+    assert sorted(name.rpartition("/")[2] for name in proof["float_operations"]) == ["Gelu", "Mul"]
+    plain = ptq.quantize(build("residual"), "w8a8", images(), input_shape=SHAPE, rounding="nearest")
+    assert ptq.export(plain, "onnx_qdq", tmp_path / "p.onnx", images=images())["float_operations"] == []

@@ -161,7 +161,9 @@ def test_types_of_two_bits(name, activations, tmp_path):
     (expected,) = open_session(path, literal=True).run(None, {"input": x})
     (reference,) = ReferenceEvaluator(model).run(None, {"input": x})
     scale = np.abs(expected).max()
-    assert np.abs(reference - expected).max() <= 0.05 * scale  # steps of 2 bits that fall to the other side are larger than this
+    assert (
+        np.abs(reference - expected).max() <= 0.05 * scale
+    )  # steps of 2 bits that fall to the other side are larger than this
 
 
 def test_opset_25_only_where_two_bits_are(tmp_path):
