@@ -8,7 +8,6 @@ from onnx import TensorProto, helper, numpy_helper
 from ptq.exporters._profiles import PROFILES, Profile
 from torch import fx
 
-
 # Types of fewer than 8 bits, by width and sign.
 PACKED = {
     (4, True): TensorProto.INT4, (4, False): TensorProto.UINT4, (2, True): TensorProto.INT2, (2, False): TensorProto.UINT2,

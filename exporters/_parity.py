@@ -216,9 +216,12 @@ def _float_operations(nodes: Sequence[onnx.NodeProto]) -> list[str]:
     for n in nodes:
         reads = n.input[0] in codes
         ends = n.op_type in _TO_FLOAT or (n.op_type == "QGemm" and len(n.input) < _QGEMM_INPUTS)
-        if n.op_type == "QuantizeLinear" or n.op_type.startswith("QLinear") or (n.op_type == "QGemm" and not ends):
-            codes |= set(n.output)
-        elif reads and not ends:
+        if (
+            n.op_type == "QuantizeLinear"
+            or n.op_type.startswith("QLinear")
+            or (n.op_type == "QGemm" and not ends)
+            or (reads and not ends)
+        ):
             codes |= set(n.output)
         elif not reads and not ends and n.op_type not in _MOVES:
             found.append(n.name)
