@@ -21,8 +21,8 @@ class Profile:
 
     zero_points: whether activations may have some other than the container's least value or 0. symmetric_weights: whether
     weights may not. power_of_two: whether scales must be. literal: whether its files are verified as they are written,
-    without onnxruntime's optimizations, which break on them (signed codes before a max pool; types of 4 and 2 bits). placement: which
-    tensors have codes, see `PlanRules`.
+    without onnxruntime's optimizations, which break on them (signed codes before a max pool; types of 4 and 2 bits). placement, ties:
+    which tensors have codes, and which share a grid, see `PlanRules`.
     """
 
     summary: str
@@ -35,6 +35,7 @@ class Profile:
     power_of_two: bool = False
     literal: bool = False
     placement: Literal["everywhere", "inputs"] = "everywhere"
+    ties: Literal["moves", "pools"] = "moves"
 
     def objections(self, plan: QuantPlan) -> Iterator[str]:
         """What of a plan the target cannot do: which layer or value, why, and the remedy."""
@@ -74,8 +75,8 @@ PROFILES: dict[str, Profile] = {
     ),
     "qnn": Profile("Qualcomm QNN: 8-bit activations, 4-bit weights as such", narrow="none", weights="packed", symmetric_weights=True),
     "tflite": Profile(
-        "LiteRT rules: signed codes, weights within ±127", container="signed", narrow="none", weights="bytes",
-        symmetric_weights=True,
+        "LiteRT rules: signed codes, weights within ±127, one grid across pools and resizing",
+        container="signed", narrow="none", weights="bytes", symmetric_weights=True, ties="pools",
     ),
     "stm32": Profile(
         "STM32 Neural-ART: signed activation codes, symmetric weights", container="signed", narrow="none",

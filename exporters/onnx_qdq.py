@@ -26,7 +26,7 @@ from ptq.errors import ExportError, SpecError
 from ptq.graph.insert import quantizer_of
 from ptq.graph.integer import code_bounds
 from ptq.graph.ops import find_op, input_node, output_node, weighted_nodes
-from ptq.graph.plan import QuantPlan, entering, merged_clamp
+from ptq.graph.plan import QuantPlan, averaged, entering, merged_clamp
 from ptq.quant.affine import QParams
 from ptq.quant.fake_quant import ActFakeQuant
 
@@ -49,9 +49,9 @@ class OnnxQdq:
     aliases: ClassVar[dict[str, dict[str, str]]] = {name: {"profile": name} for name in PROFILES}  # --target tensorrt
 
     @property
-    def placement(self) -> str:
-        """Which tensors the target wants codes of, see `PlanRules`."""
-        return PROFILES[self.profile].placement
+    def rules(self) -> dict[str, str]:
+        """What the target asks of a plan, see `PlanRules`."""
+        return {"placement": PROFILES[self.profile].placement, "ties": PROFILES[self.profile].ties}
 
     def __post_init__(self) -> None:
         if self.profile not in PROFILES:
@@ -67,12 +67,17 @@ class OnnxQdq:
                 raise ExportError(f"{node.meta.get('value')}: operation {op.name} has no ONNX form in this exporter")
 
     def _misplaced(self, graph: fx.GraphModule, plan: QuantPlan) -> Iterator[str]:
-        """Values with codes that the target wants float."""
-        if self.placement == "inputs":
+        """Values with codes that the target wants float, or on another grid."""
+        profile = PROFILES[self.profile]
+        if profile.placement == "inputs":
             wanted = entering(graph, {n for n in weighted_nodes(graph) if str(n.target) in plan.weights})
             names = {n.meta.get("value") for n in wanted}
             for value in (v for v in plan.values if v not in names):
                 yield f"value {value}: it enters no convolution or linear layer and yet has codes; add --placement inputs"
+        if profile.ties == "pools":
+            for source, value in averaged(graph):
+                if {source, value} <= set(plan.values) and plan.group(source) != plan.group(value):
+                    yield f"value {value}: an average of {source}, on a grid of its own; add --ties pools"
 
     def export(self, qm: QuantizedModel, path: Path) -> Path:
         """Writes `path`. The file passes the ONNX checker's full check and strict shape inference.

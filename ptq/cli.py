@@ -38,7 +38,7 @@ _CPU = torch.device("cpu")
 # What --recipe takes over from a manifest, and what stands where neither says anything.
 _RECIPE: dict[str, Any] = {
     "bits": "w8a8", "data": "auto", "rounding": "genie_m", "ranges": "lp_best", "finish": None, "repair": "none",
-    "edges": "brecq", "adds": 8, "weights": "auto", "activations": "unsigned", "scales": "free", "placement": "auto",
+    "edges": "brecq", "adds": 8, "weights": "auto", "activations": "unsigned", "scales": "free", "placement": "auto", "ties": "auto",
     "layers": None, "seed": 0,
 }  # fmt: skip
 
@@ -102,7 +102,8 @@ def _quantize(args: argparse.Namespace) -> int:
     console = Console(stderr=True)
     common: dict[str, Any] = {
         "input_shape": args.input_shape, "ranges": args.ranges, "edges": args.edges, "adds": args.adds,
-        "weights": args.weights, "activations": args.activations, "scales": args.scales, "placement": args.placement,
+        "weights": args.weights, "activations": args.activations, "scales": args.scales,
+        "placement": args.placement, "ties": args.ties,
         "layers": args.layers, "repair": args.repair,
         "effort": args.effort, "target": target, "mean": args.mean, "std": args.std, "seed": args.seed,
         "device": args.device, "cache": args.cache, "source": f"{args.model.name}" + (f" ({args.arch})" if args.arch else ""),
@@ -226,10 +227,8 @@ def _inspect(args: argparse.Namespace) -> int:
                 "and inspect it with --plan plan.json"
             )
         overrides = tuple(Override.parse(text) for text in args.layers)
-        placed = "everywhere" if args.placement == "auto" else args.placement
-        rules = PlanRules(
-            args.edges, args.adds, args.weights, args.activations, args.scales, overrides, placement=placed
-        )
+        placed = {k: v for k in ("placement", "ties") if (v := getattr(args, k)) != "auto"}
+        rules = PlanRules(args.edges, args.adds, args.weights, args.activations, args.scales, overrides, **placed)
         plan = make_plan(folded, BitConfig.parse(args.bits), rules)
     print_sections(Console(), plan_sections(folded, plan))
     return 0

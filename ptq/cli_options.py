@@ -7,7 +7,7 @@ from typing import Any
 
 from ptq.contracts import EFFORTS
 from ptq.quant.ranges import RANGES
-from ptq.spec import ACTIVATIONS, EDGES, PLACEMENTS, SCALES, WEIGHTS
+from ptq.spec import ACTIVATIONS, EDGES, PLACEMENTS, SCALES, TIES, WEIGHTS
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -138,6 +138,11 @@ def _model_options(p: argparse.ArgumentParser) -> None:
         "--placement", choices=("auto", *PLACEMENTS),
         help="which tensors have codes: everywhere, or only what enters convolutions and linear layers and one of two addends, "
         "inputs; default auto: as the target wants it",
+    )  # fmt: skip
+    p.add_argument(
+        "--ties", choices=("auto", *TIES),
+        help="which values share a grid: those that are only moved or concatenated, moves, or average pools and bilinear resizing "
+        "too, pools; default auto: as the target wants it",
     )  # fmt: skip
     p.add_argument(
         "--set", dest="layers", action="append", metavar="LAYER=BITS",

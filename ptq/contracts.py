@@ -261,8 +261,8 @@ class Exporter(Protocol):
     presets: ClassVar[Presets]
 
     @property
-    def placement(self) -> str:
-        """Which tensors the target wants codes of: a setting of `PlanRules`."""
+    def rules(self) -> dict[str, str]:
+        """What the target asks of a plan, `placement` and `ties` of `PlanRules`; taken where the user leaves it open."""
         ...
 
     def check(self, graph: fx.GraphModule, plan: QuantPlan) -> None:

@@ -49,6 +49,7 @@ def quantize(
     activations: str = "unsigned",
     scales: str = "free",
     placement: str = "auto",
+    ties: str = "auto",
     layers: Iterable[str | Override] = (),
     plan: QuantPlan | str | Path | None = None,
     effort: str = "standard",
@@ -77,8 +78,8 @@ def quantize(
         ranges: how scales are chosen, see `ptq.quant.ranges`: "lp_best", "lp:2", "percentile:99.9", "minmax", …
         finish: a joint pass over all layers after rounding: "logits", with options, or a finisher object.
         repair: "equalize", "bias", "analytic_bias", "statistics", joined by +; see `ptq.spec.Repair`.
-        edges, adds, weights, activations, scales, placement: where which grid goes, see `ptq.spec.PlanRules`; "auto" places
-            codes as the target wants them, everywhere without one.
+        edges, adds, weights, activations, scales, placement, ties: where which grid goes, see `ptq.spec.PlanRules`; "auto" is
+            what the target asks for.
         layers: widths of single layers, "layer3.*=w8a8", "fc=w8", "conv1=float"; of several that match, the last counts.
         plan: every width, in place of `bits` and the rules: a plan or the `plan.json` of an earlier run.
         effort: "quick", "standard" or "full" (the papers' numbers): defaults for what `data` and `rounding` leave open.
@@ -99,9 +100,8 @@ def quantize(
             work is spent, or a network that cannot be served; the message says what to do.
     """
     images_from, (method, finisher, exporter) = build_source(data, effort), _plugins(rounding, finish, target, effort)
-    if placement == "auto":
-        placement = "everywhere" if exporter is None else exporter.placement
-    rules = PlanRules(edges, adds, weights, activations, scales, tuple(map(_override, layers)), placement=placement)
+    placed = _asked({"placement": placement, "ties": ties}, exporter)
+    rules = PlanRules(edges, adds, weights, activations, scales, tuple(map(_override, layers)), **placed)
     if plan is not None and rules.overrides:
         raise SpecError(f"a plan and {rules.overrides[0]} given; a plan says every width already")
     wanted = None if plan is not None else read_bits(bits)
@@ -140,7 +140,7 @@ def quantize(
     recipe = {
         "bits": asked, "data": _describe(images_from), "rounding": plugins.describe(method), "ranges": ranges,
         "edges": edges, "adds": adds, "weights": weights, "activations": activations, "scales": scales,
-        "placement": rules.placement, "layers": [str(o) for o in rules.overrides], "repair": str(mends),
+        "placement": rules.placement, "ties": rules.ties, "layers": [str(o) for o in rules.overrides], "repair": str(mends),
         "finish": None if finisher is None else plugins.describe(finisher),
         "seed": seed, "device": str(device), "further_teachers": len(teachers),
     }  # fmt: skip
@@ -149,6 +149,12 @@ def quantize(
         [{**asdict(b), "layers": list(b.layers)} for b in blocks], metrics, run.seconds, run.notes,
     )  # fmt: skip
     return QuantizedModel(graph.to("cpu"), planned, manifest, images)
+
+
+def _asked(given: dict[str, str], exporter: Exporter | None) -> dict[str, Any]:
+    """Settings of `PlanRules`, those that are "auto" as the target wants them, or by default."""
+    wanted = {} if exporter is None else exporter.rules
+    return {k: wanted[k] if v == "auto" else v for k, v in given.items() if v != "auto" or k in wanted}
 
 
 def read_bits(bits: str | BitConfig | Budget) -> BitConfig | Budget:

@@ -11,6 +11,7 @@ WEIGHTS = ("auto", "symmetric", "asymmetric")
 ACTIVATIONS = ("unsigned", "signed")
 SCALES = ("free", "power_of_two")
 PLACEMENTS = ("everywhere", "inputs")
+TIES = ("moves", "pools")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +156,8 @@ class PlanRules:
     overrides: widths of single layers; of several that match, the last counts.
     placement: "everywhere": every tensor has codes, so that integer kernels follow one another; or "inputs": only what enters
         convolutions and linear layers, and one of two addends, as TensorRT fuses them.
+    ties: which values share one grid: "moves": a value that is only moved, its source's, and the parts of a concatenation; or
+        "pools": average pools and bilinear resizing as well, as LiteRT demands.
 
     Raises:
         SpecError: an unknown setting, or `adds` outside 2…8.
@@ -168,11 +171,13 @@ class PlanRules:
     overrides: tuple[Override, ...] = ()
     asymmetric_below: int = 5
     placement: str = "everywhere"
+    ties: str = "moves"
 
     def __post_init__(self) -> None:
         for what, given, known in (
             ("edge", self.edges, EDGES), ("weight", self.weights, WEIGHTS), ("activation", self.activations, ACTIVATIONS),
             ("scale", self.scales, SCALES), ("placement", self.placement, PLACEMENTS),
+            ("tie", self.ties, TIES),
         ):  # fmt: skip
             if given not in known:
                 raise SpecError(f"unknown {what} setting {given!r}; known: {', '.join(known)}")

@@ -85,7 +85,7 @@ def make_plan(gm: fx.GraphModule, bits: BitConfig, rules: PlanRules) -> QuantPla
     if rules.placement == "inputs":
         needed = entering(gm, set(kept))
         quantized = [n for n in quantized if n in needed]
-    groups = _tie(gm, quantized)
+    groups = _tie(gm, quantized, rules.ties)
     positive = _nonnegative(gm)
     values: dict[str, QuantSpec] = {}
     shifts = rules.scales == "power_of_two"
@@ -208,12 +208,30 @@ def float_tail(gm: fx.GraphModule) -> set[fx.Node]:
     return tail
 
 
-def _tie(gm: fx.GraphModule, nodes: list[fx.Node]) -> list[list[fx.Node]]:
-    """Groups of nodes that share one grid: across moves of values, and all parts of a concatenation."""
+def averages(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node's values lie between those of its one input."""
+    op = find_op(gm, node)
+    return op is not None and op.name in ("avg_pool", "adaptive_average", "resize_bilinear")
+
+
+def averaged(gm: fx.GraphModule) -> list[tuple[str, str]]:
+    """Value names of what is averaged, and of the averages, of a folded network or of a student."""
+    found = []
+    for node in (n for n in gm.graph.nodes if averages(gm, n)):
+        named = (
+            node if node.meta.get("value") is not None else next(iter(node.users))
+        )  # a student's quantizer has the name
+        found.append((node.all_input_nodes[0].meta["value"], named.meta["value"]))
+    return found
+
+
+def _tie(gm: fx.GraphModule, nodes: list[fx.Node], ties: str) -> list[list[fx.Node]]:
+    """Groups of nodes that share one grid: across moves of values, and all parts of a concatenation; see `PlanRules.ties`."""
     group = {n: [n] for n in nodes}
     for node in nodes:
         op = find_op(gm, node)
-        if op is None or op.role not in ("same", "concat"):
+        shared = op is not None and (op.role in ("same", "concat") or (ties == "pools" and averages(gm, node)))
+        if not shared:
             continue
         for source in node.all_input_nodes:
             if source in group and group[source] is not group[node]:

@@ -5,11 +5,14 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto
+import torch
+import torch.nn.functional as F
+from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from ptq.exporters._parity import open_session
 from ptq.exporters._profiles import PROFILES
 from ptq.exporters.onnx_qdq import OnnxQdq
+from torch import nn
 
 import ptq
 from ptq import plugins
@@ -202,3 +205,41 @@ def test_from_the_command_line(tmp_path, capsys):
     assert main(["export", str(tmp_path / "out"), "--target", "pot", "-o", str(tmp_path / "p.onnx")]) == 1
     assert "pot cannot take this plan" in capsys.readouterr().err
     assert (tmp_path / "m.onnx").is_file() and not (tmp_path / "p.onnx").exists()
+
+
+class _Pools(nn.Module):
+    """Every operation across which LiteRT wants one grid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = (
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.Conv2d(8, 8, 3, padding=1),
+            nn.Linear(16, 10),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.max_pool2d(F.relu(self.first(x)), 2)
+        y = torch.cat([F.avg_pool2d(y, 2), F.interpolate(self.second(y), size=(4, 4), mode="bilinear")], 1)
+        return self.head(y.mean((2, 3)))
+
+
+def test_tflite_shares_grids_across_pools_and_has_narrow_weights(tmp_path):
+    """Everything between the two convolutions and the classifier is on one grid, and the mean at its end too."""
+    qm = ptq.quantize(_Pools().eval(), "w8a8", images(), input_shape=SHAPE, rounding="nearest", target="tflite")
+    proof = ptq.export(qm, "tflite", tmp_path / "m.onnx", images=images())
+    assert proof["passed"] and proof["worst_steps"] <= 1
+    model = onnx.load(str(tmp_path / "m.onnx"))
+    held = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    inner = [n for n in model.graph.node if n.op_type == "QuantizeLinear" and n.input[0] != "input"]
+    assert len(inner) >= 7 and len({(float(held[n.input[1]]), int(held[n.input[2]])) for n in inner}) == 1
+    codes = [v for name, v in held.items() if name.endswith(".weight.codes")]
+    assert len(codes) == 3 and all(v.dtype == np.int8 and v.min() >= -127 for v in codes)
+
+
+def test_pools_on_grids_of_their_own_are_not_for_tflite(tmp_path):
+    qm = ptq.quantize(_Pools().eval(), "w8a8", images(), input_shape=SHAPE, rounding="nearest")
+    with pytest.raises(
+        ExportError, match=r"tflite cannot take this plan: value \w+: an average of \w+, .*add --ties pools"
+    ):
+        ptq.export(qm, "tflite", tmp_path / "m.onnx", images=images())
