@@ -23,6 +23,7 @@ import onnx
 import onnxruntime
 import torch
 from ptq.exporters._onnx_ops import is_matrix_of_means
+from ptq.exporters._opinions import far_off, second_opinions
 from torch import Tensor, fx
 
 from ptq.errors import ExportError
@@ -87,10 +88,11 @@ def compare(
     batch_size: int,
     *,
     literal: bool = False,
+    opinions: bool = False,
 ) -> dict[str, Any]:
     """The comparison of a file with the student and its integer network on images [N, C, H, W], as plain data.
 
-    literal: run the file end to end as it is written, too.
+    literal: run the file end to end as it is written, too. opinions: ask other implementations, see `_opinions`.
 
     `passed` says how it ended and `failure` why; see the module's text for the bounds.
     """
@@ -108,6 +110,8 @@ def compare(
         "tensors": [asdict(t) for t in tensors],
     }  # fmt: skip
     failure = _failure(tensors, found, same.numel(), bool(torch.isfinite(real).all()))
+    found["opinions"] = second_opinions(path, images, simulated) if opinions else []
+    failure = failure or far_off(found["opinions"])
     return {"passed": failure is None, "failure": failure, **found, **count_kernels(path, literal=literal)}
 
 

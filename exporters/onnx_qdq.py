@@ -38,10 +38,12 @@ _OPSET_2, _IR_2 = 25, 13  # likewise of 2 bits
 
 @dataclass(frozen=True)
 class OnnxQdq:
-    """QDQ ONNX. profile: the target that the file is rendered for. batch_size: images at a time when it is verified."""
+    """QDQ ONNX. profile: the target that the file is rendered for. batch_size: images at a time when it is verified. opinions:
+    whether other implementations are asked as well, see `_opinions`."""
 
     profile: str = "ort"
     batch_size: int = 64
+    opinions: bool = True
 
     suffix: ClassVar[str] = ".onnx"
     presets: ClassVar[Presets] = {}
@@ -96,7 +98,8 @@ class OnnxQdq:
 
     def verify(self, qm: QuantizedModel, path: Path, images: Tensor) -> dict[str, Any]:
         """Runs the file in onnxruntime and compares it with the simulation; see `_parity.compare`."""
-        return compare(qm.student, qm.graph, path, images, self.batch_size, literal=PROFILES[self.profile].literal)
+        literal = PROFILES[self.profile].literal
+        return compare(qm.student, qm.graph, path, images, self.batch_size, literal=literal, opinions=self.opinions)
 
     @classmethod
     def smoke(cls, folder: Path) -> Self:

@@ -129,9 +129,16 @@ def _proof_section(proof: Mapping[str, Any]) -> Section:
     ]
     if floats:
         rows.append(["layers in float", ", ".join(floats[:5]) + (" …" if len(floats) > 5 else "")])
-    if others := [name for name in proof["float_operations"] if name not in floats]:
+    for row in proof.get("opinions", ()):
+        rows.append([f"second opinion: {row['by']}", row["skipped"] if "skipped" in row else _opinion(row)])
+    if others := [name for name in proof.get("float_operations", ()) if name not in floats]:
         rows.append(["further operations in float", ", ".join(others[:5]) + (" …" if len(others) > 5 else "")])
     return Section("Exported file against the simulation", ["", ""], rows)
+
+
+def _opinion(row: Mapping[str, Any]) -> str:
+    apart = "equal" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f} dB"
+    return f"{apart}, same class on {_percent(row['top1_agreement'])} of {row['images']} images"
 
 
 def print_sections(console: Console, sections: Sequence[Section], notes: Sequence[str] = ()) -> None:
