@@ -73,7 +73,8 @@ def _opinion(
 
 
 def _reference(path: Path, images: np.ndarray) -> np.ndarray:
-    return np.asarray(ReferenceEvaluator(onnx.load(str(path))).run(None, {"input": images})[0])
+    (result,) = ReferenceEvaluator(onnx.load(str(path))).run(None, {"input": images})
+    return np.asarray(result)
 
 
 def _openvino(path: Path, images: np.ndarray) -> np.ndarray:
