@@ -16,7 +16,7 @@ from rows import Rows, markdown
 
 import ptq
 
-_KEYS = ("network", "bits", "rounding", "images", "iterations", "batch", "threads", "device")
+_KEYS = ("network", "bits", "rounding", "images", "iterations", "batch", "threads", "device", "precision")
 _FIGURES = ("seconds", "steps_per_second", "agreement")
 
 
@@ -32,12 +32,15 @@ def main() -> None:
     p.add_argument("--batch", type=int, default=32, help="images a step")
     p.add_argument("--threads", default="1,2", help="comma-separated")
     p.add_argument("--device", default="cpu")
+    p.add_argument("--precision", default="auto", help="auto, float32 or bfloat16")
     p.add_argument("--out", type=Path, default=HERE / "results" / "speed.jsonl")
     args = p.parse_args()
     rows, network = Rows(args.out, _KEYS), load(args.network, args.shared)
     for method in args.rounding.split(";"):
         for threads in map(int, args.threads.split(",")):
-            key = {k: getattr(args, k) for k in ("network", "bits", "images", "iterations", "batch", "device")}
+            key = {
+                k: getattr(args, k) for k in ("network", "bits", "images", "iterations", "batch", "device", "precision")
+            }
             key |= {"rounding": method, "threads": threads}
             if rows.find(**key) is None:
                 rows.add(row := key | _measure(network, key))
@@ -52,7 +55,7 @@ def _measure(network: Network, key: dict[str, Any]) -> dict[str, Any]:
     )
     qm = ptq.quantize(
         network.model, key["bits"], network.real[: key["images"]], input_shape=network.shape, mean=network.mean,
-        std=network.std, rounding=method, device=key["device"],
+        std=network.std, rounding=method, device=key["device"], precision=key["precision"],
     )  # fmt: skip
     x = network.real[key["images"] :][:1024]  # pictures that calibration has not seen
     with torch.no_grad():

@@ -38,7 +38,8 @@ _CPU = torch.device("cpu")
 # What --recipe takes over from a manifest, and what stands where neither says anything.
 _RECIPE: dict[str, Any] = {
     "bits": "w8a8", "data": "auto", "rounding": "genie_m", "ranges": "lp_best", "finish": None, "repair": "none",
-    "edges": "brecq", "adds": 8, "weights": "auto", "activations": "unsigned", "scales": "free", "layers": None, "seed": 0,
+    "edges": "brecq", "adds": 8, "weights": "auto", "activations": "unsigned", "scales": "free", "layers": None,
+    "precision": "auto", "seed": 0,
 }  # fmt: skip
 
 
@@ -116,6 +117,7 @@ def _quantize(args: argparse.Namespace) -> int:
             finish=args.finish,
             plan=args.plan,
             cache_memory=args.cache_memory,
+            precision=args.precision,
             teachers=teachers,
             feedback=feedback,
             **common,

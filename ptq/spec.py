@@ -10,6 +10,7 @@ EDGES = ("brecq", "qdrop", "all")
 WEIGHTS = ("auto", "symmetric", "asymmetric")
 ACTIVATIONS = ("unsigned", "signed")
 SCALES = ("free", "power_of_two")
+PRECISIONS = ("auto", "float32", "bfloat16")  # of training; see `ptq.quantize`
 
 
 @dataclass(frozen=True, slots=True)
