@@ -1,6 +1,7 @@
-"""Seconds of block reconstruction, on one thread and on more, with the agreement it reaches.
+"""Seconds of block reconstruction, on one thread and on more, with the agreement it reaches; or speed of the written files.
 
     python benchmarks/speed.py --threads 1,2
+    python benchmarks/speed.py --threads 1 --runtime resnet18,mobilenet_v2        see `runtime.py`
 
 ResNet-20 by default: 512 real pictures, 11 blocks of 1,000 steps at batch 32. One row per method × threads, written as soon as
 it is known; a row that is there is not made again. Uses the public API only.
@@ -16,7 +17,7 @@ from rows import Rows, markdown
 
 import ptq
 
-_KEYS = ("network", "bits", "rounding", "images", "iterations", "batch", "threads", "device")
+_KEYS = ("network", "bits", "rounding", "images", "iterations", "batch", "threads", "device", "precision")
 _FIGURES = ("seconds", "steps_per_second", "agreement")
 
 
@@ -32,17 +33,41 @@ def main() -> None:
     p.add_argument("--batch", type=int, default=32, help="images a step")
     p.add_argument("--threads", default="1,2", help="comma-separated")
     p.add_argument("--device", default="cpu")
+    p.add_argument("--precision", default="auto", help="auto, float32 or bfloat16")
     p.add_argument("--out", type=Path, default=HERE / "results" / "speed.jsonl")
+    p.add_argument("--runtime", help="measure the files of these torchvision networks instead, comma-separated")
+    p.add_argument("--size", type=int, default=224, help="pixels of --runtime's pictures, each way")
+    p.add_argument("--rounds", type=int, default=40, help="runs of each of --runtime's files")
     args = p.parse_args()
+    if args.runtime:
+        _runtime(args)
+        return
     rows, network = Rows(args.out, _KEYS), load(args.network, args.shared)
     for method in args.rounding.split(";"):
         for threads in map(int, args.threads.split(",")):
-            key = {k: getattr(args, k) for k in ("network", "bits", "images", "iterations", "batch", "device")}
+            key = {
+                k: getattr(args, k) for k in ("network", "bits", "images", "iterations", "batch", "device", "precision")
+            }
             key |= {"rounding": method, "threads": threads}
             if rows.find(**key) is None:
                 rows.add(row := key | _measure(network, key))
                 print(row, flush=True)
     print(markdown([*_KEYS, *_FIGURES], [[row[k] for k in (*_KEYS, *_FIGURES)] for row in rows.rows]))
+
+
+def _runtime(args: argparse.Namespace) -> None:
+    """The speed of the written files, all of a network's rows at once."""
+    import runtime  # it needs more packages than the rest
+
+    rows = Rows(args.out.with_name("runtime.jsonl"), (*runtime.KEYS, "file"))
+    for name in args.runtime.split(","):
+        for threads in map(int, args.threads.split(",")):
+            if rows.find(network=name, size=args.size, threads=threads, batch=1, file="float32") is None:
+                for row in runtime.rows(name, args.size, threads, args.rounds):
+                    rows.add(row)
+                    print(row, flush=True)
+    heads = (*runtime.KEYS, *runtime.FIGURES)
+    print(markdown(list(heads), [[row[k] for k in heads] for row in rows.rows]))
 
 
 def _measure(network: Network, key: dict[str, Any]) -> dict[str, Any]:
@@ -52,7 +77,7 @@ def _measure(network: Network, key: dict[str, Any]) -> dict[str, Any]:
     )
     qm = ptq.quantize(
         network.model, key["bits"], network.real[: key["images"]], input_shape=network.shape, mean=network.mean,
-        std=network.std, rounding=method, device=key["device"],
+        std=network.std, rounding=method, device=key["device"], precision=key["precision"],
     )  # fmt: skip
     x = network.real[key["images"] :][:1024]  # pictures that calibration has not seen
     with torch.no_grad():

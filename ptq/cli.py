@@ -39,7 +39,7 @@ _CPU = torch.device("cpu")
 _RECIPE: dict[str, Any] = {
     "bits": "w8a8", "data": "auto", "rounding": "genie_m", "ranges": "lp_best", "finish": None, "repair": "none",
     "edges": "brecq", "adds": 8, "weights": "auto", "activations": "unsigned", "scales": "free", "placement": "auto", "ties": "auto",
-    "layers": None, "seed": 0,
+    "layers": None, "precision": "auto", "seed": 0,
 }  # fmt: skip
 
 
@@ -119,6 +119,7 @@ def _quantize(args: argparse.Namespace) -> int:
             finish=args.finish,
             plan=args.plan,
             cache_memory=args.cache_memory,
+            precision=args.precision,
             teachers=teachers,
             feedback=feedback,
             **common,

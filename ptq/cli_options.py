@@ -7,7 +7,7 @@ from typing import Any
 
 from ptq.contracts import EFFORTS
 from ptq.quant.ranges import RANGES
-from ptq.spec import ACTIVATIONS, EDGES, PLACEMENTS, SCALES, TIES, WEIGHTS
+from ptq.spec import ACTIVATIONS, EDGES, PLACEMENTS, PRECISIONS, SCALES, TIES, WEIGHTS
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -173,6 +173,11 @@ def _quantize_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--cache-memory", type=float, metavar="GB",
         help="host memory for what blocks see, the rest goes to disk; default: a quarter of what is free",
+    )  # fmt: skip
+    p.add_argument(
+        "--precision", choices=PRECISIONS,
+        help="in which rounding is trained: float32, bfloat16 for blocks whose weights have at most 4 bits, or auto, the latter on "
+        "CPUs with instructions for it; default auto",
     )  # fmt: skip
     p.add_argument(
         "--rounding", help="genie_m, qdrop, brecq, adaround or nearest, with options likewise; default genie_m"

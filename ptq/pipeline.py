@@ -27,7 +27,7 @@ from ptq.reconstruct._loop import reconstruct_blocks
 from ptq.reconstruct._repair import mend
 from ptq.run import Run, floats, start_run
 from ptq.sources import Data, build_source, gather, settle_source, trace_all
-from ptq.spec import BitConfig, Budget, Override, PlanRules, Repair
+from ptq.spec import PRECISIONS, BitConfig, Budget, Override, PlanRules, Repair
 
 _FOLD_TOLERANCE = 1e-5  # relative; folding in float64 costs one rounding of each weight
 _EQUAL_TOLERANCE = 1e-3  # likewise; equalized channels differ by orders of magnitude in what they round
@@ -61,6 +61,7 @@ def quantize(
     device: str | torch.device = "cpu",
     cache: str | Path | None = None,
     cache_memory: float | None = None,
+    precision: str = "auto",
     source: str = "python",
     feedback: Feedback | None = None,
 ) -> QuantizedModel:
@@ -90,6 +91,8 @@ def quantize(
         seed: of every random choice. device: where the work is done. source: what the manifest calls the network.
         cache: folder that keeps finished batches of images; a run that was interrupted goes on from there.
         cache_memory: gigabytes of host memory for what blocks see, the rest goes to disk; default: a quarter of what is free.
+        precision: in which rounding is trained: "float32", "bfloat16" for blocks whose weights have at most 4 bits, or "auto",
+            the latter on CPUs with instructions for it.
         feedback: where progress and notes go.
 
     Returns:
@@ -99,6 +102,8 @@ def quantize(
         SpecError, PluginError, ModelError, CalibrationError, ExportError, ReconstructionError: a bad argument, before any
             work is spent, or a network that cannot be served; the message says what to do.
     """
+    if precision not in PRECISIONS:
+        raise SpecError(f"precision {precision!r} asked for; known: {', '.join(PRECISIONS)}")
     images_from, (method, finisher, exporter) = build_source(data, effort), _plugins(rounding, finish, target, effort)
     placed = _asked({"placement": placement, "ties": ties}, exporter)
     rules = PlanRules(edges, adds, weights, activations, scales, tuple(map(_override, layers)), **placed)
@@ -128,8 +133,9 @@ def quantize(
     student, folded = insert_fake_quant(folded, planned, acts, grids).to(run.device), folded.to(run.device)
     seen, held = (images, images[:0]) if finisher is None else hold_back(images, finisher.held_out, seed)
     graph, blocks = run.timed(
-        "reconstruction", reconstruct_blocks, reference, student, seen, method, seed=seed, memory=memory, **common
-    )
+        "reconstruction", reconstruct_blocks, reference, student, seen, method, seed=seed, memory=memory,
+        precision=precision, **common,
+    )  # fmt: skip
     if mends.bias != "none":
         graph = run.timed("repair", mend, folded, graph, seen, mends, expected, memory=memory, **common)
     if finisher is not None:
@@ -142,7 +148,7 @@ def quantize(
         "edges": edges, "adds": adds, "weights": weights, "activations": activations, "scales": scales,
         "placement": rules.placement, "ties": rules.ties, "layers": [str(o) for o in rules.overrides], "repair": str(mends),
         "finish": None if finisher is None else plugins.describe(finisher),
-        "seed": seed, "device": str(device), "further_teachers": len(teachers),
+        "precision": precision, "seed": seed, "device": str(device), "further_teachers": len(teachers),
     }  # fmt: skip
     manifest = Manifest(
         source, run.shape, floats(run.mean), floats(run.std), asked, recipe, versions(), value_ranges(graph),

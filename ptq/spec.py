@@ -12,6 +12,7 @@ ACTIVATIONS = ("unsigned", "signed")
 SCALES = ("free", "power_of_two")
 PLACEMENTS = ("everywhere", "inputs")
 TIES = ("moves", "pools")
+PRECISIONS = ("auto", "float32", "bfloat16")  # of training; see `ptq.quantize`
 
 
 @dataclass(frozen=True, slots=True)

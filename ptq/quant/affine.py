@@ -58,25 +58,28 @@ class _FakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, s: Tensor, z: Tensor, qmin: int, qmax: int, skip: Tensor | None) -> Tensor:
-        v = x / s
-        code = v + z if any(ctx.needs_input_grad) else None  # not rounded, not clamped
-        out = v.round_().add_(z).clamp_(qmin, qmax).sub_(z).mul_(s)
+    def forward(ctx, x: Tensor, s: Tensor, z: Tensor | None, qmin: int, qmax: int, skip: Tensor | None) -> Tensor:
+        code, train = x / s, any(ctx.needs_input_grad)  # the code, not yet rounded
+        if train and skip is not None:
+            code.addcmul_(code, skip, value=-1)  # 0, a code inside: the gate in `backward` is then open where skipped
+        if z is None:
+            out = (code.round() if train else code.round_()).clamp_(qmin, qmax).mul_(s)
+        else:
+            shifted = code + z if train else None
+            out, code = code.round_().add_(z).clamp_(qmin, qmax).sub_(z).mul_(s), shifted
         if skip is not None:
             out.lerp_(x, skip)
-        if code is not None:
-            ctx.save_for_backward(x, s, code, skip, out)
+        if train:
+            ctx.save_for_backward(x, s, code, out)
             ctx.ends = qmin - 0.5, qmax + 0.5
         return out
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
         (grad,) = grads
-        x, s, code, skip, out = ctx.saved_tensors
+        x, s, code, out = ctx.saved_tensors
         # One pass that writes floats: comparing into booleans costs as much as ten of the other operations here.
         grad_x = torch.ops.aten.hardtanh_backward(grad, code, *ctx.ends)
-        if skip is not None:
-            grad_x.lerp_(grad, skip)
         grad_s = None
         if ctx.needs_input_grad[1]:
             # ∂x̂/∂s = (x̂ - x · [inside]) / s: round(v) - v inside, the clamped code outside, 0 where skipped.
@@ -90,5 +93,10 @@ def fake_quantize(x: Tensor, q: QParams, skip: Tensor | None = None) -> Tensor:
     skip: same shape as `x`, of its dtype, 1 where an element stays float and 0 elsewhere.
     """
     s = along_axis(q.scale, x.ndim, q.spec.axis)
-    z = along_axis(q.zero_point, x.ndim, q.spec.axis).to(x.dtype)
+    z = None if _zero(q) else along_axis(q.zero_point, x.ndim, q.spec.axis).to(x.dtype)
     return _FakeQuantize.apply(x, s, z, q.spec.qmin, q.spec.qmax, skip)  # type: ignore[return-value]
+
+
+def _zero(q: QParams) -> bool:
+    """Whether the zero point is known to be 0, so that it need not be added; looking at one on a GPU would wait for it."""
+    return q.spec.symmetric or (q.zero_point.device.type == "cpu" and not bool(q.zero_point.any()))

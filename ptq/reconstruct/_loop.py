@@ -28,6 +28,7 @@ from ptq.quant.fake_quant import (
 )
 from ptq.reconstruct._capture import Capture, Space, compare_all, outputs_of, picked, quantized_input, run_all, stored
 from ptq.reconstruct._fisher import fisher_weights
+from ptq.reconstruct._precision import in_bfloat16, pays
 from ptq.reconstruct._soft_round import SoftRound
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class BlockReport:
 def reconstruct_blocks(
     teacher: fx.GraphModule, student: fx.GraphModule, images: Tensor, method: Reconstructor,
     *, seed: int, device: torch.device, feedback: Feedback, memory: int | None = None,
+    precision: str = "auto",
 ) -> tuple[fx.GraphModule, list[BlockReport]]:  # fmt: skip
     """A copy of `student` with every weight hardened to integer codes, and a report per block.
 
@@ -60,20 +62,22 @@ def reconstruct_blocks(
         images: calibration images `[N, C, H, W]`, in host memory.
         method: the rounding method. seed: of every random choice. device: where blocks are trained.
         memory: bytes of host memory for what blocks see, the rest goes to disk; default: a quarter of what is free.
+        precision: of the layers' sums of products in training, of `ptq.spec.PRECISIONS`.
 
     Raises:
         ReconstructionError: neither memory nor disk hold what a block sees, or the method does not suit the network.
     """
     student, space = copy.deepcopy(student), Space(memory)
     try:
-        return student, list(_blocks(teacher, student, images, method, seed, device, feedback, space))
+        half = pays(precision, device)
+        return student, list(_blocks(teacher, student, images, method, seed, device, feedback, space, half))
     finally:
         space.close()
 
 
 def _blocks(
     teacher: fx.GraphModule, student: fx.GraphModule, images: Tensor, method: Reconstructor, seed: int,
-    device: torch.device, feedback: Feedback, space: Space,
+    device: torch.device, feedback: Feedback, space: Space, half: bool,
 ) -> Iterator[BlockReport]:  # fmt: skip
     blocks = split(student, method.unit)
     stem = input_value_node(student)
@@ -83,7 +87,7 @@ def _blocks(
     student_values = Capture({stem.meta["value"]: quantized_input(student, stem, images, device, space)}, space)
     for k, block in enumerate(blocks):
         start = time.perf_counter()
-        job = _Job(teacher, student, block, teacher_values, student_values, device, space)
+        job = _Job(teacher, student, block, teacher_values, student_values, device, space, half)
         if method.needs_fisher and method.steps:
             rng = make_rng(seed, f"fisher/{block.name}")
             job.fisher = fisher_weights(teacher, block, images, rng, device, space)
@@ -108,9 +112,9 @@ class _Job:
 
     def __init__(
         self, teacher: fx.GraphModule, student: fx.GraphModule, block: Block,
-        teacher_values: Capture, student_values: Capture, device: torch.device, space: Space,
+        teacher_values: Capture, student_values: Capture, device: torch.device, space: Space, half: bool,
     ) -> None:  # fmt: skip
-        self.block, self.device, self.student = block, device, student
+        self.block, self.device, self.student, self.half = block, device, student, half
         self.teacher_in, self.student_in = teacher_values.inputs(block), student_values.inputs(block)
         self.targets = run_all(extract(teacher, block.inputs, block.outputs), self.teacher_in, device, space)
         self.fisher: list[Tensor] | None = None
@@ -137,7 +141,8 @@ def _fit(job: _Job, method: Reconstructor, seed: int, feedback: Feedback, place:
     quantizers = [m for m in job.module.modules() if isinstance(m, ActFakeQuant)]
     scales = [m.scale.detach().clone() for m in quantizers]
     nearest = [integer_codes(layer, "weight") for layer in job.layers]
-    with torch.enable_grad():  # the caller may have switched it off
+    # The caller may have switched gradients off.
+    with torch.enable_grad(), in_bfloat16(job.layers, job.half) as job.half:
         sound = _train(job, method, seed, feedback, place)
     for quantizer in quantizers:
         quantizer.drop, quantizer.mask_rng = 0.0, None
@@ -207,7 +212,8 @@ def _step(
         return [picked(v, pick).to(job.device) for v in values]
 
     seen = [method.mix(t, s, rng) for t, s in zip(batch(job.teacher_in), batch(job.student_in))]
-    outputs = job.module(*seen)
+    with torch.autocast(job.device.type, torch.bfloat16, enabled=job.half):
+        outputs = job.module(*seen)
     fisher = None if job.fisher is None else batch(job.fisher)
     loss = method.loss(job.module, list(outputs), batch(job.targets), fisher, progress)
     optimizer.zero_grad(set_to_none=True)
