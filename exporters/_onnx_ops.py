@@ -1,108 +1,19 @@
 """One ONNX emitter per operation of `ptq/graph/ops.py`."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from onnx import TensorProto
 from ptq.exporters._onnx_builder import Builder
+from ptq.exporters._onnx_codes import bias_of, weight_of
 from torch import Tensor, fx, nn
 
 from ptq.graph.insert import quantizer_of
 from ptq.graph.ops import find_op, is_global_mean, is_read_as_float
 from ptq.graph.runtime_functions import resize_scale, window_weights
-from ptq.quant.affine import QParams
 from ptq.quant.fake_quant import integer_codes
-
-
-def _weight(b: Builder, node: fx.Node, transpose: bool = False) -> str:
-    """The layer's weight in float: integer codes and DequantizeLinear, or float where it is not quantized.
-
-    Codes of up to four bits are stored as INT4 and widened by Cast: onnxruntime folds the Cast and runs its 8-bit kernels,
-    which it does not do for INT4 behind DequantizeLinear itself. Of narrow weights with zero points the difference, which fits
-    a byte, is taken before, and folded too: onnxruntime's kernels for weights with a zero point per channel are slower, that of
-    depthwise convolutions by a factor of a hundred.
-    """
-    path, layer = str(node.target), b.module(node)
-    held = integer_codes(layer, "weight")
-    if held is None:
-        weight = layer.weight.detach().cpu().numpy()
-        return b.constant(f"{path}.weight", weight.T if transpose else weight)
-    codes, q = held[0].cpu().numpy(), held[1]
-    codes = codes.T if transpose else codes
-    axis = 1 if transpose else 0
-    width = b.profile.weight_width(q.spec)
-    if width < 8:
-        packed = b.packed(f"{path}.weight.int{width}", codes, width)
-        if b.profile.weights == "packed":
-            scale = b.constant(f"{path}.weight.scale", q.scale.detach().cpu().numpy())
-            zero = b.packed(f"{path}.weight.zero_point", q.zero_point.cpu().numpy(), width)
-            return b.add("DequantizeLinear", [packed, scale, zero], f"{path}.weight", axis=axis)
-        if q.zero_point.any():
-            packed, q = _difference(b, f"{path}.weight", packed, q, codes.ndim, axis)
-        stored = b.add("Cast", [packed], f"{path}.weight.codes", to=TensorProto.INT8)
-    else:
-        stored = b.constant(f"{path}.weight.codes", codes.astype(np.int8))
-    return _dequantize(b, stored, f"{path}.weight", q, np.int8, axis=axis)
-
-
-def _difference(b: Builder, name: str, packed: str, q: QParams, ndim: int, axis: int) -> tuple[str, QParams]:
-    """Codes less their zero points, as int32, and the grid of that."""
-    shape = [-1 if k == axis else 1 for k in range(ndim)]
-    zero = b.int4(f"{name}.offset", q.zero_point.cpu().numpy().reshape(shape))
-    wide = [b.add("Cast", [part], f"{part}.wide", to=TensorProto.INT32) for part in (packed, zero)]
-    return b.add("Sub", wide, f"{name}.difference"), replace(q, zero_point=torch.zeros_like(q.zero_point))
-
-
-def _bias(b: Builder, node: fx.Node) -> list[str]:
-    """The layer's bias, as a list of no or one tensor; int32 codes where it is quantized."""
-    path, layer = str(node.target), b.module(node)
-    if layer.bias is None:
-        return []
-    held = integer_codes(layer, "bias")
-    if held is None or b.profile.biases == "float":
-        return [b.constant(f"{path}.bias", layer.bias.detach().cpu().numpy())]
-    codes = b.constant(f"{path}.bias.codes", held[0].cpu().numpy().astype(np.int32))
-    return [_dequantize(b, codes, f"{path}.bias", held[1], None, axis=0)]
-
-
-def _dequantize(b: Builder, codes: str, output: str, q: QParams, zero_type: Any, axis: int) -> str:
-    inputs = [codes, b.constant(f"{output}.scale", q.scale.detach().cpu().numpy())]
-    if zero_type is not None:  # int32 codes have none by the standard; for weights onnxruntime's Gemm fusion wants it
-        inputs.append(b.constant(f"{output}.zero_point", q.zero_point.cpu().numpy().astype(zero_type)))
-    return b.add("DequantizeLinear", inputs, output, axis=axis)
-
-
-def quantize_value(b: Builder, x: str, name: str, q: QParams, bounds: tuple[int, int]) -> str:
-    """QuantizeLinear, a Clip to `bounds` where the container reaches further, DequantizeLinear; see `_profiles`.
-
-    For onnxruntime, signed codes are stored 128 higher, as bytes: it has no integer kernel for a Clip of int8.
-    """
-    shift, unsigned = b.profile.shift(q), b.profile.container == "unsigned"
-    scale = b.constant(f"{name}.scale", q.scale.detach().cpu().numpy())
-    low, high = bounds[0] + shift, bounds[1] + shift
-    width = b.profile.native_width(q.spec)
-    if width < 8:
-        zero = b.packed(f"{name}.zero_point", q.zero_point.cpu().numpy(), width, q.spec.signed)
-        least = -(2 ** (width - 1)) if q.spec.signed else 0
-        (low, high), ends_of_type = bounds, (least, least + 2**width - 1)
-    else:
-        kind = np.uint8 if unsigned else np.int8
-        zero = b.constant(f"{name}.zero_point", (q.zero_point.cpu().numpy() + shift).astype(kind))
-        ends_of_type = (0, 255) if unsigned else (-128, 127)
-    if (low, high) == ends_of_type:
-        codes = b.add("QuantizeLinear", [x, scale, zero], f"{name}.codes")
-    elif b.profile.narrow == "clip codes":
-        ends = [b.constant(f"codes.{v}", np.array(v, dtype=np.uint8 if unsigned else np.int8)) for v in (low, high)]
-        codes = b.add("Clip", [b.add("QuantizeLinear", [x, scale, zero], f"{name}.wide"), *ends], f"{name}.codes")
-    else:  # the ends are on the grid, and rounding is monotone: clipping before or after it is the same
-        real = [float(q.scale) * (v - int(q.zero_point)) for v in bounds]
-        ends = [b.constant(f"{name}.{k}", np.array(v, dtype=np.float32)) for k, v in zip(("low", "high"), real)]
-        codes = b.add("QuantizeLinear", [b.add("Clip", [x, *ends], f"{name}.clipped"), scale, zero], f"{name}.codes")
-    return b.add("DequantizeLinear", [codes, scale, zero], name)
 
 
 def absorbed_pad(gm: fx.GraphModule, node: fx.Node) -> bool:
@@ -123,7 +34,7 @@ def _conv(b: Builder, node: fx.Node, out: str) -> str:
     ph, pw = m.padding
     kept = _stays_float(b, node)
     conv = b.add(
-        "Conv", [b.names[source], _weight(b, node), *_bias(b, node)], f"{out}.float" if kept else out,
+        "Conv", [b.names[source], weight_of(b, node), *bias_of(b, node)], f"{out}.float" if kept else out,
         kernel_shape=list(m.kernel_size), strides=list(m.stride), dilations=list(m.dilation), group=m.groups,
         pads=[top + ph, left + pw, bottom + ph, right + pw],
     )  # fmt: skip
@@ -143,11 +54,11 @@ def _linear(b: Builder, node: fx.Node, out: str) -> str:
     x = b.inputs(node)[0]
     if len(node.meta["shape"]) == 1:
         kept = _stays_float(b, node)
-        inputs = [x, _weight(b, node), *_bias(b, node)]
+        inputs = [x, weight_of(b, node), *bias_of(b, node)]
         gemm = b.add("Gemm", inputs, f"{out}.float" if kept else out, transB=1)
         return b.add("Sum", [gemm], out) if kept else gemm
-    bias = _bias(b, node)
-    product = b.add("MatMul", [x, _weight(b, node, transpose=True)], f"{out}.product" if bias else out)
+    bias = bias_of(b, node)
+    product = b.add("MatMul", [x, weight_of(b, node, transpose=True)], f"{out}.product" if bias else out)
     return b.add("Add", [product, *bias], out) if bias else product
 
 
@@ -261,7 +172,7 @@ def _conv_transpose(b: Builder, node: fx.Node, out: str) -> str:
     m = b.module(node)
     (ph, pw), (eh, ew) = m.padding, m.output_padding
     done = b.add(
-        "ConvTranspose", [*b.inputs(node), _weight(b, node), *_bias(b, node)], f"{out}.float",
+        "ConvTranspose", [*b.inputs(node), weight_of(b, node), *bias_of(b, node)], f"{out}.float",
         kernel_shape=list(m.kernel_size), strides=list(m.stride), dilations=list(m.dilation), group=m.groups,
         pads=[ph, pw, ph, pw], output_padding=[eh, ew],
     )  # fmt: skip

@@ -15,7 +15,8 @@ from typing import Any, ClassVar, Self
 import onnx
 from onnx import TensorProto, helper
 from ptq.exporters._onnx_builder import Builder
-from ptq.exporters._onnx_ops import EMITTERS, absorbed_pad, quantize_value
+from ptq.exporters._onnx_codes import quantize_value
+from ptq.exporters._onnx_ops import EMITTERS, absorbed_pad
 from ptq.exporters._parity import compare
 from ptq.exporters._profiles import PROFILES, Profile
 from torch import Tensor, fx

@@ -110,6 +110,23 @@ def test_weights_are_packed_and_biases_int32(quantized, tmp_path):
     assert not [t.name for t in held.values() if t.data_type == TensorProto.FLOAT and len(t.dims) > 1]
 
 
+@pytest.mark.parametrize("bits", ("w4a4e4", "w6a8e6"))
+@pytest.mark.parametrize("name", ("depthwise", "plain"))
+def test_kernels_see_no_zero_points_of_narrow_weights(name, bits, tmp_path):
+    """Weights with a zero point per channel would make a depthwise convolution a hundred times slower."""
+    qm = ptq.quantize(build(name), bits, images(), input_shape=SHAPE, rounding="nearest", weights="asymmetric")
+    assert any(q.zero_point.any() for _, q in qm.integer_weights().values())
+    ptq.export(qm, "onnx_qdq", tmp_path / "m.onnx")
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), options, providers=["CPUExecutionProvider"])
+    graph = onnx.load(tmp_path / "optimized.onnx").graph
+    values = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
+    zeros = [values[node.input[5]] for node in graph.node if node.op_type == "QLinearConv"]
+    assert zeros and not any(zero.any() for zero in zeros)
+    assert "Sub" not in {node.op_type for node in graph.node}  # it was folded
+
+
 def test_packing_of_an_odd_number_of_codes():
     codes = np.array([-8, 7, -1, 3, 0], dtype=np.int8)
     b = Builder(torch.fx.symbolic_trace(torch.nn.Identity()))
