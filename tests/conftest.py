@@ -1,10 +1,13 @@
 """Fixtures that tests share."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # one process a core: more threads would only wait for one another
 _DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
 
 
