@@ -38,21 +38,3 @@ def cutout(x: Tensor, rng: torch.Generator, most: float = 0.25) -> Tensor:
         masks.append((at >= start.floor()) & (at < start.floor() + length.round()))
     hole = masks[0][:, :, None] & masks[1][:, None, :]
     return x * (~hole).unsqueeze(1).to(x.device)
-
-
-def shift_and_flip(x: Tensor, rng: torch.Generator, pad: int) -> Tensor:
-    """Each image moved by up to `pad` pixels over a border of zeros, half of them mirrored."""
-    count, _, height, width = x.shape
-    offset = torch.randint(2 * pad + 1, (2, count, 1), generator=rng)
-    mirrored = torch.rand(count, 1, generator=rng) < 0.5
-    rows = offset[0] + torch.arange(height)
-    columns = offset[1] + torch.where(mirrored, torch.arange(width).flip(0), torch.arange(width))
-    return _window(F.pad(x, (pad, pad, pad, pad)), rows, columns)
-
-
-def _window(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """`x[b, :, rows[b]][:, columns[b]]` for every image b; rows [B, h], columns [B, w]."""
-    count, channels, _, width = x.shape
-    rows, columns = rows.to(x.device), columns.to(x.device)
-    x = x.gather(2, rows[:, None, :, None].expand(count, channels, rows.shape[1], width))
-    return x.gather(3, columns[:, None, None, :].expand(count, channels, rows.shape[1], columns.shape[1]))

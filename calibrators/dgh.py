@@ -14,13 +14,13 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from ptq.calibrators._augment import shift_and_flip
 from ptq.calibrators._input_space import Space, pixel_space
 from ptq.calibrators._losses import smooth
 from ptq.calibrators._progress import StepCount
 from ptq.calibrators._teachers import Teachers, teachers
 from torch import Tensor
 
+from ptq.augment import shift_and_flip
 from ptq.contracts import CalibrationContext, Presets
 from ptq.errors import CalibrationError
 from ptq.graph.taps import EPS, Taps, tap_batch_norms

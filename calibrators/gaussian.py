@@ -6,16 +6,17 @@ Ref: Haroush et al., The Knowledge Within, CVPR 2020, §3.1; with the teacher's 
 Raikwar and Mishra, Discovering and Overcoming Limitations of Noise-engineered Data-free Knowledge Distillation, NeurIPS 2022.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from ptq.calibrators._input_space import input_space
 from torch import Tensor
 
 from ptq.contracts import CalibrationContext, Presets
+from ptq.training import Training
 
 __all__ = ["Gaussian"]
 
@@ -36,6 +37,12 @@ class Gaussian:
     paper: ClassVar[str] = "Haroush et al., The Knowledge Within, CVPR 2020, G"
     synthetic: ClassVar[bool] = True
     presets: ClassVar[Presets] = {"quick": {"count": 256}, "standard": {"count": 512}}
+    in_training: ClassVar[Mapping[str, Any]] = {"teacher_bn": "batch"}
+    # The paper does not say for how long: here as many epochs as the other papers', each of 50,000 images.
+    training: ClassVar[Training] = Training(
+        epochs=200, steps=195, batch_size=256, optimizer="adam", lr=1e-3, warmup=0, clip=0.0, schedule="constant",
+        iq=0.0, mix=0.0, pad=-1, feed="stream",
+    )  # fmt: skip
 
     def batches(self, ctx: CalibrationContext) -> Iterator[Tensor]:
         """Batches [B, C, H, W]; see `ptq.contracts.Calibrator`."""

@@ -6,15 +6,14 @@
 Ref: Tran et al., NAYER: Noisy Layer Data Generation, CVPR 2024, §3, algorithm 1, eq. 5, tables 6-8.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from ptq.calibrators._augment import shift_and_flip
 from ptq.calibrators._classifier import average, balanced_labels, classes, common_classes
 from ptq.calibrators._generators import ConvGenerator, seeded
 from ptq.calibrators._input_space import Space, pixel_space
@@ -24,9 +23,11 @@ from ptq.calibrators._progress import StepCount
 from ptq.calibrators._teachers import Teachers, teachers
 from torch import Tensor, nn
 
+from ptq.augment import shift_and_flip
 from ptq.contracts import CalibrationContext, Presets, make_rng
 from ptq.errors import CalibrationError
 from ptq.graph.taps import Taps, tap_batch_norms
+from ptq.training import Training
 
 __all__ = ["Nayer"]
 
@@ -73,6 +74,12 @@ class Nayer:
         "quick": {"count": 256, "batch_size": 128, "warmup": 4},
         "standard": {"count": 512, "batch_size": 128, "steps": 60, "warmup": 6},
     }
+    in_training: ClassVar[Mapping[str, Any]] = {"batch_size": 400, "steps": 30, "warmup": 0}
+    # Of its 100 epochs, 20 only fill the memory pool, 10 rounds each. Temperature as in the authors' program.
+    training: ClassVar[Training] = Training(
+        epochs=80, steps=400, batch_size=512, lr=0.1, warmup=0, clip=0.0, temperature=20.0, iq=0.0, mix=0.0, pad=4,
+        feed="pool", first_rounds=200, rounds=2,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup < self.reset:

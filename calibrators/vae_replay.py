@@ -8,7 +8,7 @@ Ref: Binici et al., Robust and Resource-Efficient Data-Free Knowledge Distillati
 eq. 1-8, algorithms 1 and 2.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ptq.contracts import CalibrationContext, Presets
 from ptq.errors import CalibrationError
+from ptq.training import Training
 
 __all__ = ["VaeReplay"]
 
@@ -64,6 +65,12 @@ class VaeReplay:
     presets: ClassVar[Presets] = {
         "quick": {"count": 256, "batch_size": 128}, "standard": {"count": 512, "batch_size": 128},
     }  # fmt: skip
+    in_training: ClassVar[Mapping[str, Any]] = {"batch_size": 256, "steps": 1}
+    # Steps an epoch and weight decay: the paper is silent; those of DAFL, whose loop it extends.
+    training: ClassVar[Training] = Training(
+        epochs=200, steps=120, batch_size=256, lr=0.1, decay=5e-4, warmup=0, clip=0.0, loss="l1",
+        iq=0.0, mix=0.0, pad=-1, feed="stream",
+    )  # fmt: skip
 
     def batches(self, ctx: CalibrationContext) -> Iterator[Tensor]:
         """Batches [B, C, H, W]; see `ptq.contracts.Calibrator`."""

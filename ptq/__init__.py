@@ -8,6 +8,7 @@ qm = ptq.load("out")
 """
 
 from ptq.artifact import QuantizedModel
+from ptq.distillation import Distilled, distill, distill_quantized
 from ptq.errors import (
     ArtifactError,
     CalibrationError,
@@ -28,7 +29,8 @@ from ptq.vectors import write_vectors
 load = QuantizedModel.load
 
 __all__ = [
-    "ArtifactError", "BitConfig", "BitSensitivity", "CalibrationError", "ExportError", "ModelError", "PluginError", "PtqError",
-    "QuantizedModel", "ReconstructionError", "Similarity", "SpecError", "Synthesis", "bit_sensitivity", "data_similarity",
-    "export", "load", "quantize", "synthesize", "write_vectors",
+    "ArtifactError", "BitConfig", "BitSensitivity", "CalibrationError", "Distilled", "ExportError", "ModelError",
+    "PluginError", "PtqError", "QuantizedModel", "ReconstructionError", "Similarity", "SpecError", "Synthesis",
+    "bit_sensitivity", "data_similarity", "distill", "distill_quantized", "export", "load", "quantize", "synthesize",
+    "write_vectors",
 ]  # fmt: skip

@@ -3,23 +3,23 @@
 import argparse
 import json
 import logging
-import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
 from torch import nn
 
 from ptq import plugins
-from ptq.artifact import QuantizedModel, check_free, integer_bytes, read_plan, whole_folder
+from ptq.artifact import QuantizedModel, check_free, read_plan
+from ptq.cli_distill import run_distill
 from ptq.cli_images import further, run_similarity, run_synthesize, sized
 from ptq.cli_options import build_parser
+from ptq.cli_output import Again, close, where_from, write_network
 from ptq.cli_sensitivity import run_sensitivity
-from ptq.contracts import CalibrationContext, Presets
 from ptq.errors import ArtifactError, ExportError, PtqError, ReconstructionError, SpecError
 from ptq.evaluate import check_labels, onnx_runner, runner, top1
 from ptq.graph.fold_bn import fold_batch_norm
@@ -28,7 +28,7 @@ from ptq.graph.trace import trace
 from ptq.loading import load_model
 from ptq.pictures import Fit, Pictures, open_pictures
 from ptq.pipeline import export, proof_images, quantize
-from ptq.report import Section, markdown, plan_sections, print_sections, run_sections
+from ptq.report import Section, plan_sections, print_sections
 from ptq.run import normalization
 from ptq.spec import BitConfig, Override, PlanRules
 from ptq.terminal import shown
@@ -38,6 +38,7 @@ _CPU = torch.device("cpu")
 # What --recipe takes over from a manifest, and what stands where neither says anything.
 _RECIPE: dict[str, Any] = {
     "bits": "w8a8", "data": "auto", "rounding": "genie_m", "ranges": "lp_best", "finish": None, "repair": "none",
+    "distill": None,
     "edges": "brecq", "adds": 8, "weights": "auto", "activations": "unsigned", "scales": "free", "placement": "auto", "ties": "auto",
     "layers": None, "precision": "auto", "seed": 0,
 }  # fmt: skip
@@ -78,8 +79,9 @@ def _settle(args: argparse.Namespace) -> None:
         if getattr(args, name, None) is None:
             setattr(args, name, setting)
     args.layers = args.layers or []
-    if getattr(args, "finish", None) == "none":
-        args.finish = None
+    for name in ("finish", "distill"):
+        if getattr(args, name, None) == "none":
+            setattr(args, name, None)
     if args.input_shape is None:
         raise SpecError("the input shape is missing; give --input-shape C,H,W, as in --input-shape 3,224,224")
 
@@ -117,6 +119,7 @@ def _quantize(args: argparse.Namespace) -> int:
             sized(args.data, args),
             rounding=args.rounding,
             finish=args.finish,
+            distill=args.distill,
             plan=args.plan,
             cache_memory=args.cache_memory,
             precision=args.precision,
@@ -124,43 +127,10 @@ def _quantize(args: argparse.Namespace) -> int:
             feedback=feedback,
             **common,
         )
+    qm = replace(qm, manifest=replace(qm.manifest, recipe=qm.manifest.recipe | where_from(args.model, args.arch)))
     runs = _baselines(model, qm, args, common) if pictures is not None else {}
-    with whole_folder(args.output, args.force) as folder:
-        proof = None
-        if target is not None:
-            file = target.export(qm, folder / f"model{target.suffix}")
-            proof = target.verify(qm, file, proof_images(qm))
-            if pictures is not None and target.suffix == ".onnx":
-                runs["onnxruntime"] = onnx_runner(file)
-        accuracy = {name: top1(run, pictures) for name, run in runs.items()} if pictures is not None else {}
-        found = {"proof": proof, "top1": accuracy, "bytes": _sizes(model, qm, folder)}
-        qm = replace(qm, manifest=replace(qm.manifest, metrics={**qm.manifest.metrics, **found}))
-        qm.write(folder)
-        sections = run_sections(qm, found["bytes"], proof, accuracy)
-        title = f"{qm.manifest.source} at {qm.manifest.bits}"
-        (folder / "report.md").write_text(markdown(title, sections, qm.manifest.notes), encoding="utf-8")
-        if proof is not None and not proof["passed"]:
-            kept = args.output.with_name(f"{args.output.name}.failed")
-            shutil.rmtree(kept, ignore_errors=True)
-            shutil.copytree(folder, kept)
-            raise ExportError(
-                f"the exported file does not compute what was simulated: {proof['failure']}; it is kept in {kept}"
-            )
-    return _close(args, qm, sections, console)
-
-
-def _close(args: argparse.Namespace, qm: QuantizedModel, sections: list[Section], console: Console) -> int:
-    if args.json:
-        metrics = {
-            **qm.manifest.metrics,
-            "seconds": qm.manifest.seconds,
-            "notes": qm.manifest.notes,
-            "blocks": qm.manifest.blocks,
-        }
-        print(json.dumps(metrics, indent=1))
-    elif not args.quiet:
-        print_sections(Console(), sections)
-        console.print(f"written to {args.output}")
+    qm, sections = write_network(qm, model, args.output, args.force, target, pictures, runs)
+    close(args, qm, sections, console)
     return 0
 
 
@@ -175,41 +145,18 @@ def _pictures(args: argparse.Namespace) -> Pictures | None:
     return pictures
 
 
-@dataclass(frozen=True)
-class _Again:
-    """A calibrator that gives the images of the run before."""
-
-    images: torch.Tensor
-    synthetic: bool
-    teacher_bn: Literal["running", "batch"]
-    batch_size: int
-    count: int
-
-    presets: ClassVar[Presets] = {}
-
-    def batches(self, ctx: CalibrationContext) -> Iterator[torch.Tensor]:
-        """The images, as one batch."""
-        yield self.images
-
-
 def _baselines(
     model: nn.Module, qm: QuantizedModel, args: argparse.Namespace, common: dict[str, Any]
 ) -> dict[str, Any]:
     """What stands beside the result wherever accuracy is measured: float, and nearest rounding on the same images."""
     assert qm.images is not None
     source = plugins.build("calibrators", qm.manifest.recipe["data"])
-    again = _Again(qm.images, source.synthetic, source.teacher_bn, source.batch_size, len(qm.images))
+    again = Again(qm.images, source.synthetic, source.teacher_bn, source.batch_size, len(qm.images))
     same = common | {"layers": ()}
     nearest = quantize(model, data=again, rounding="nearest", plan=qm.plan, **same)  # pyright: ignore[reportArgumentType]
     name = qm.manifest.recipe["rounding"].partition(":")[0]
     runs = {"float": runner(model, _CPU), "nearest": runner(nearest.graph, _CPU)}
     return runs | ({} if name == "nearest" else {name: runner(qm.graph, _CPU)})
-
-
-def _sizes(model: nn.Module, qm: QuantizedModel, folder: Path) -> dict[str, int]:
-    floats = 4 * sum(p.numel() for p in model.state_dict().values() if p.is_floating_point())
-    files = {f.name: f.stat().st_size for f in sorted(folder.iterdir()) if f.suffix == ".onnx"}
-    return {"float weights": floats, "integer weights": integer_bytes(qm), **files}
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -311,4 +258,5 @@ def _demo(args: argparse.Namespace) -> int:
 _COMMANDS = {
     "quantize": _quantize, "inspect": _inspect, "export": _export, "eval": _eval, "list": _list, "demo": _demo,
     "synthesize": run_synthesize, "similarity": run_similarity, "sensitivity": run_sensitivity,
+    "distill": run_distill,
 }  # fmt: skip

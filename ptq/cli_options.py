@@ -20,6 +20,11 @@ def build_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(required=True, metavar="command")
     for name, build, text in (
         ("quantize", _quantize_options, "a trained float network → a verified integer network"),
+        (
+            "distill",
+            _distill_options,
+            "train a quantized network, or another architecture, to give what its teacher gives",
+        ),
         ("inspect", _inspect_options, "print what would be quantized, and how, without doing it"),
         ("export", _export_options, "write a quantized network for a target, and verify the file"),
         ("synthesize", _synthesize_options, "make calibration images from a network, and look at them"),
@@ -171,6 +176,11 @@ def _quantize_options(p: argparse.ArgumentParser) -> None:
         "--finish", help="a joint pass over all layers after rounding, logits:steps=300; none for none; default none"
     )
     p.add_argument(
+        "--distill", nargs="?", const="", metavar="OPTIONS",
+        help="train the quantized network afterwards, the float one as its teacher; options as in epochs=20,steps=100; none for "
+        "none; default none",
+    )  # fmt: skip
+    p.add_argument(
         "--cache-memory", type=float, metavar="GB",
         help="host memory for what blocks see, the rest goes to disk; default: a quarter of what is free",
     )  # fmt: skip
@@ -201,6 +211,44 @@ def _quantize_options(p: argparse.ArgumentParser) -> None:
         metavar="MANIFEST",
         help="take every option not given here from an earlier run's manifest.json",
     )
+    p.add_argument("--force", action="store_true", help="overwrite an output folder of an earlier run")
+    p.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    p.add_argument("--json", action="store_true", help="print the closing figures as JSON on standard output")
+
+
+def _distill_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("folder", nargs="?", type=Path, help="what 'ptq quantize -o' wrote: its network is trained further")
+    p.add_argument(
+        "--teacher", type=Path, metavar="MODEL", help="the trained float network; default: the one the folder was made from"
+    )  # fmt: skip
+    p.add_argument("--arch", help="what builds the teacher, as for quantize")
+    p.add_argument("--student", type=Path, metavar="MODEL", help="weights the student starts from; default: fresh ones")
+    p.add_argument("--student-arch", metavar="ARCH", help="what builds the student; default: as --arch")
+    p.add_argument("--trust-pickle", action="store_true", help="unpickle whole modules; this runs code from the files")
+    p.add_argument("--input-shape", type=_numbers(int), metavar="C,H,W", help="of both networks; not for a folder")
+    p.add_argument("-o", "--output", type=Path, help="folder to write; default: the folder's name and -distilled")
+    _teacher_options(p)
+    _image_options(p)
+    p.add_argument("-n", "--count", type=int, metavar="IMAGES", help="of a source that makes a fixed set")
+    p.add_argument(
+        "--training", default="", metavar="OPTIONS", help="loss=kl,lr=0.1,mix=1 and the like; default: as the paper of the data says"
+    )  # fmt: skip
+    p.add_argument("--epochs", type=int, help="default: as the effort says")
+    p.add_argument("--steps", type=int, help="optimizer steps an epoch; default: as the effort says")
+    p.add_argument("--batch", type=int, metavar="IMAGES", help="images a step; default: the paper's")
+    p.add_argument(
+        "--restore", metavar="DATA", help="after training under the batch's statistics: images to estimate the student's own on; "
+        "default bn_stats:count=320",
+    )  # fmt: skip
+    p.add_argument(
+        "--report-on", type=Path, metavar="LABELLED",
+        help="labelled pictures on which accuracy is told after every epoch; nothing is ever chosen by them",
+    )  # fmt: skip
+    p.add_argument(
+        "--then", metavar="BITS", help="quantize the student of another architecture too, in the same run: w4a4"
+    )
+    p.add_argument("--rounding", help="of --then, as for quantize; default genie_m")
+    p.add_argument("--target", default="onnx_qdq", help="as for quantize; default onnx_qdq, which is ort")
     p.add_argument("--force", action="store_true", help="overwrite an output folder of an earlier run")
     p.add_argument("--quiet", action="store_true", help="print nothing but errors")
     p.add_argument("--json", action="store_true", help="print the closing figures as JSON on standard output")

@@ -73,6 +73,32 @@ def of_a_data_set(std: Tensor) -> bool:
     return bool(((std > 0.15) & (std < 0.4)).all())
 
 
+@dataclass
+class Carry:
+    """Lets a source that makes images while a student is trained go on where an earlier run of it stopped.
+
+    done: batches of that run, which are not made again: they come out empty. kept: name → state that the last of them left.
+    """
+
+    done: int = 0
+    kept: Mapping[str, Any] = field(default_factory=dict)
+    held: dict[str, Any] = field(default_factory=dict)  # name → what has that state now
+
+    def reach(self, index: int, state: Mapping[str, Any]) -> bool:
+        """Whether batch `index` is to be made; the first that is starts from what was kept."""
+        if index < self.done:
+            return False
+        if not self.held:
+            self.held = dict(state)
+            for name, kept in self.kept.items():
+                state[name].load_state_dict(kept)
+        return True
+
+    def state(self) -> dict[str, Any]:
+        """name → state as it is now."""
+        return {name: part.state_dict() for name, part in self.held.items()} or dict(self.kept)
+
+
 @dataclass(frozen=True, slots=True)
 class CalibrationContext:
     """What a calibrator is handed.
@@ -82,7 +108,8 @@ class CalibrationContext:
     count, batch_size: images wanted in all, and per batch. device: where batches are made.
     rng: a CPU generator, for what is drawn once; a batch draws from its own, see `batch`.
     others: more teachers, which take the same inputs: one set of images shall suit all. student: the network that is being
-    trained on the images, where there is one. cache: keeps finished batches.
+    trained on the images, where there is one. cache: keeps finished batches. carry: what passes from one batch to the next where
+    there is no end of them.
     """
 
     model: fx.GraphModule
@@ -97,6 +124,7 @@ class CalibrationContext:
     others: tuple[fx.GraphModule, ...] = ()
     student: nn.Module | None = None
     cache: BatchCache | None = None
+    carry: Carry | None = None
 
     def sizes(self) -> list[int]:
         """Images per batch, adding up to `count`, as equal as can be: a lone image has no batch statistics."""
@@ -134,6 +162,8 @@ class CalibrationContext:
                 with the batch and restored with it.
         """
         state = state or {}
+        if self.carry is not None and not self.carry.reach(index, state):
+            return torch.empty(0, *self.input_shape)
         if self.cache is not None and (found := self.cache.read(index)) is not None:
             for name, part in state.items():
                 part.load_state_dict(found[1][name])
@@ -148,6 +178,8 @@ class Calibrator(Protocol):
     """A source of calibration images.
 
     needs: what the network must have, of "BatchNorm" and "classes" (an output [B, K]). paper: where the method is from.
+    A source whose paper trains a student may have `training`, how it does so (`ptq.training.Training`), and `in_training`, fields
+    that it gives other values then.
     """
 
     needs: ClassVar[tuple[str, ...]]

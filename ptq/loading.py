@@ -166,6 +166,17 @@ def build_arch(arch: str) -> nn.Module:
     return model
 
 
+def fresh_model(arch: str, seed: int) -> nn.Module:
+    """The network that `arch` builds, its initial weights drawn from `seed`; torch's global random state stays as it was.
+
+    Raises:
+        ModelError: as `build_arch`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return build_arch(arch)
+
+
 def _parse_call(arch: str, what: str) -> tuple[str, list[Any], dict[str, Any]]:
     try:
         tree = ast.parse(what, mode="eval").body

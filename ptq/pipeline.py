@@ -12,6 +12,7 @@ from ptq import plugins
 from ptq.activation_ranges import activation_ranges
 from ptq.artifact import Manifest, QuantizedModel, read_plan, value_ranges, versions
 from ptq.contracts import Exporter, Feedback, Finisher, Reconstructor, hold_back, make_rng
+from ptq.distillation import distill_graph, prepare_distillation
 from ptq.errors import ExportError, ModelError, SpecError
 from ptq.evaluate import agreement, outputs, runner, sqnr_db
 from ptq.graph.channel_means import expected_means
@@ -26,8 +27,9 @@ from ptq.quant.ranges import estimators
 from ptq.reconstruct._loop import reconstruct_blocks
 from ptq.reconstruct._repair import mend
 from ptq.run import Run, floats, start_run
-from ptq.sources import Data, build_source, gather, settle_source, trace_all
+from ptq.sources import Data, build_source, describe_data, gather, settle_source, trace_all
 from ptq.spec import PRECISIONS, BitConfig, Budget, Override, PlanRules, Repair
+from ptq.training import Training
 
 _FOLD_TOLERANCE = 1e-5  # relative; folding in float64 costs one rounding of each weight
 _EQUAL_TOLERANCE = 1e-3  # likewise; equalized channels differ by orders of magnitude in what they round
@@ -42,6 +44,7 @@ def quantize(
     rounding: str | Reconstructor = "genie_m",
     ranges: str = "lp_best",
     finish: str | Finisher | None = None,
+    distill: str | Training | None = None,
     repair: str | Repair = "none",
     edges: str = "brecq",
     adds: int = 8,
@@ -78,6 +81,8 @@ def quantize(
         rounding: "genie_m", "qdrop", "brecq", "adaround" or "nearest", with options as above, or a reconstructor object.
         ranges: how scales are chosen, see `ptq.quant.ranges`: "lp_best", "lp:2", "percentile:99.9", "minmax", …
         finish: a joint pass over all layers after rounding: "logits", with options, or a finisher object.
+        distill: trains the quantized network afterwards, the float one as its teacher; options that differ from the defaults,
+            "epochs=20,steps=100" or "", or all of them, see `ptq.training.Training`.
         repair: "equalize", "bias", "analytic_bias", "statistics", joined by +; see `ptq.spec.Repair`.
         edges, adds, weights, activations, scales, placement, ties: where which grid goes, see `ptq.spec.PlanRules`; "auto" is
             what the target asks for.
@@ -118,6 +123,7 @@ def quantize(
     if exporter is not None:
         exporter.check(folded, planned)
     images_from = settle_source(images_from, networks, run, effort)
+    trainer, how = (None, None) if distill is None else prepare_distillation(distill, data, images_from, effort)
     method, finisher = _suited(method, finisher, images_from, mends, wanted, run)
     images = run.timed("calibration images", gather, images_from, networks, run)
     metrics: dict[str, Any] = {"fold_error": _check_fold(teacher, folded, images, run)}
@@ -141,13 +147,17 @@ def quantize(
     if finisher is not None:
         graph, figures = run.timed("joint pass", finisher.finish, folded, graph, seen, held, seed=seed, **common)
         metrics |= figures
+    if how is not None:
+        graph, course, _ = run.timed("distillation", distill_graph, graph, folded, networks, trainer, images, how, run)
+        metrics["course"] = course.to_json()
     metrics |= run.timed("comparison", _compare, teacher, student, graph, images, run)
     asked = "plan" if wanted is None else str(wanted)
     recipe = {
-        "bits": asked, "data": _describe(images_from), "rounding": plugins.describe(method), "ranges": ranges,
+        "bits": asked, "data": describe_data(images_from), "rounding": plugins.describe(method), "ranges": ranges,
         "edges": edges, "adds": adds, "weights": weights, "activations": activations, "scales": scales,
         "placement": rules.placement, "ties": rules.ties, "layers": [str(o) for o in rules.overrides], "repair": str(mends),
         "finish": None if finisher is None else plugins.describe(finisher),
+        "distill": None if how is None else plugins.describe_options(how),
         "precision": precision, "seed": seed, "device": str(device), "further_teachers": len(teachers),
     }  # fmt: skip
     manifest = Manifest(
@@ -278,10 +288,6 @@ def _compare(
         "agreement": agreement(real, ours), "agreement_nearest": agreement(real, nearest),
         "sqnr_db": sqnr_db(real, ours), "sqnr_db_nearest": sqnr_db(real, nearest), "calibration_images": len(images),
     }  # fmt: skip
-
-
-def _describe(source: Any) -> str:
-    return plugins.describe(source) if hasattr(source, "batches") else "tensors given from Python"
 
 
 def export(qm: QuantizedModel, target: str | Exporter, path: Any, *, images: Tensor | None = None) -> dict[str, Any]:

@@ -54,10 +54,11 @@ def load(kind: Kind, name: str) -> type:
     return getattr(module, module.__all__[0])
 
 
-def build(kind: Kind, text: str, effort: str = "full") -> Any:
+def build(kind: Kind, text: str, effort: str = "full", *, training: bool = False) -> Any:
     """The options object that `text` describes: a name, then options after a colon.
 
-    "genie", "genie:steps=500,count=256", "images:photos/". The preset of `effort` applies to what the text leaves open.
+    "genie", "genie:steps=500,count=256", "images:photos/". The preset of `effort` applies to what the text leaves open, or,
+    where a student is trained, what the plug-in says of that.
 
     Raises:
         PluginError: unknown name, unknown option, or a value that does not fit the option.
@@ -65,11 +66,8 @@ def build(kind: Kind, text: str, effort: str = "full") -> Any:
     name, _, rest = text.partition(":")
     name, given = _alias(kind, name.strip())
     cls = load(kind, name)
-    options = dict(cls.presets.get(effort, {})) | given
-    for item in filter(None, (part.strip() for part in _split(rest, r",(?=\s*\w+\s*=)"))):
-        match = re.match(r"(\w+)\s*=", item)
-        key, raw = (match[1], item[match.end() :]) if match else (getattr(cls, "positional", ""), item)
-        options[key] = _parse(cls, name, key, raw.strip(), effort)
+    options = dict(cls.presets.get(effort, {})) | (getattr(cls, "in_training", {}) if training else {}) | given
+    options |= read_options(cls, name, rest, effort)
     for key, least in (("count", 1), ("batch_size", 1), ("steps", 1 if kind == "calibrators" else 0)):
         if options.get(key, least) < least:
             raise PluginError(f"option {key}={options[key]} of {name}: at least {least} is needed")
@@ -78,6 +76,20 @@ def build(kind: Kind, text: str, effort: str = "full") -> Any:
     except TypeError as e:
         example = getattr(cls, "example", "PATH")
         raise PluginError(f"{name} needs {_missing(cls, options)}, as in '{name}:{example}'") from e
+
+
+def read_options(cls: type, name: str, text: str, effort: str = "full") -> dict[str, Any]:
+    """The options that "steps=500,count=256" gives to `cls`, which messages call `name`.
+
+    Raises:
+        PluginError: an option that it does not have, or a value that does not fit.
+    """
+    found = {}
+    for item in filter(None, (part.strip() for part in _split(text, r",(?=\s*\w+\s*=)"))):
+        match = re.match(r"(\w+)\s*=", item)
+        key, raw = (match[1], item[match.end() :]) if match else (getattr(cls, "positional", ""), item)
+        found[key] = _parse(cls, name, key, raw.strip(), effort)
+    return found
 
 
 def _alias(kind: Kind, name: str) -> tuple[str, dict[str, Any]]:
@@ -146,9 +158,14 @@ def _outside(text: str) -> str:
 def describe(plugin: Any) -> str:
     """The text that builds an equal options object again."""
     name = type(plugin).__module__.rpartition(".")[2]
-    given = {f.name: getattr(plugin, f.name) for f in fields(plugin)}
-    options = ",".join(f"{key}={_text(v)}" for key, v in given.items() if v is not None)
+    options = describe_options(plugin)
     return f"{name}:{options}" if options else name
+
+
+def describe_options(options: Any) -> str:
+    """The fields of an options object, as `read_options` reads them."""
+    given = {f.name: getattr(options, f.name) for f in fields(options)}
+    return ",".join(f"{key}={_text(v)}" for key, v in given.items() if v is not None)
 
 
 def _text(v: Any) -> str:

@@ -115,8 +115,10 @@ def data_similarity(
     )
 
 
-def build_source(data: Data, effort: str) -> Any:
+def build_source(data: Data, effort: str, *, training: bool = False) -> Any:
     """The source that `data` names, or `data` itself; "auto" stays as it is until the network is known.
+
+    training: its images are made while a student is trained.
 
     Raises:
         SpecError: an unknown effort. PluginError: an unknown source or option.
@@ -124,7 +126,7 @@ def build_source(data: Data, effort: str) -> Any:
     if effort not in EFFORTS:
         raise SpecError(f"unknown effort {effort!r}; known: {', '.join(EFFORTS)}")
     if isinstance(data, str) and data.partition(":")[0] != "auto":
-        return plugins.build("calibrators", data, effort)
+        return plugins.build("calibrators", data, effort, training=training)
     return data
 
 
@@ -166,6 +168,11 @@ def _refusal(name: str, missing: str, has: set[str]) -> str:
     return f"{name} {why[missing]}; sources that serve it: {', '.join(fit)}, as in '--data {fit[0]}', or '--data auto'"
 
 
+def describe_data(source: Any) -> str:
+    """A source as its options name it."""
+    return plugins.describe(source) if hasattr(source, "batches") else "tensors given from Python"
+
+
 def gather(source: Any, networks: tuple[fx.GraphModule, ...], run: Run) -> Tensor:
     """All images `[N, C, H, W]` in host memory, channels last; valid pixels where the normalization is stated.
 
@@ -180,26 +187,35 @@ def gather(source: Any, networks: tuple[fx.GraphModule, ...], run: Run) -> Tenso
     return torch.cat(kept).contiguous(memory_format=torch.channels_last)
 
 
-def batches_of(source: Any, networks: tuple[fx.GraphModule, ...], run: Run, *, clip: bool = True) -> Iterator[Tensor]:
-    """Checked batches in host memory, one at a time; clip: to valid pixels, where the normalization is stated."""
+def batches_of(
+    source: Any, networks: tuple[fx.GraphModule, ...], run: Run, *, clip: bool = True, **changes: Any
+) -> Iterator[Tensor]:
+    """Checked batches in host memory, one at a time.
+
+    Args:
+        clip: to valid pixels, where the normalization is stated. changes: to the context that the source is handed.
+    """
     if not hasattr(source, "batches"):
         batches, left = _from_python(source), None
     else:
-        cache = None if run.cache is None else open_cache(run.cache, networks, _settings(source, run))
-        ctx = CalibrationContext(
-            networks[0], run.shape, run.mean, run.std, source.count, source.batch_size, run.device,
-            make_rng(run.seed, "calibration"), replace(run.feedback, note=run.note), networks[1:], cache=cache,
-        )  # fmt: skip
-        batches, left = source.batches(ctx), source.count
+        ctx = replace(_context(source, networks, run), **changes)
+        batches, left = source.batches(ctx), ctx.count
     for batch in batches:
         batch = _checked(batch, run.shape)[:left]
-        batch = _clipped(batch, run) if clip else batch
         left = None if left is None else left - len(batch)
         if len(batch):
-            yield batch
+            yield _clipped(batch, run) if clip else batch
 
 
-def _settings(source: Any, run: Run) -> dict[str, Any]:
+def _context(source: Any, networks: tuple[fx.GraphModule, ...], run: Run) -> CalibrationContext:
+    cache = None if run.cache is None else open_cache(run.cache, networks, settings(source, run))
+    return CalibrationContext(
+        networks[0], run.shape, run.mean, run.std, source.count, source.batch_size, run.device,
+        make_rng(run.seed, "calibration"), replace(run.feedback, note=run.note), networks[1:], cache=cache,
+    )  # fmt: skip
+
+
+def settings(source: Any, run: Run) -> dict[str, Any]:
     """All that images depend on, besides the networks."""
     parts = getattr(source, "sources", (source,))
     files = [v for part in parts for v in vars(part).values() if isinstance(v, Path) and v.is_file()]

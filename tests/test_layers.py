@@ -1,7 +1,7 @@
 """Imports point down: every import statement of the package, parsed and compared with the layers.
 
-6                       cli   cli_options   cli_images
-5                     pipeline   sources   plugins   run   report   terminal   gallery   demo
+6                       cli   cli_options   cli_images   cli_distill
+5                     pipeline   distillation   sources   plugins   run   report   terminal   gallery   demo
 4   distill, evaluate, similarity, vectors │ ptq.reconstruct │ calibrators │ exporters      these never import each other
 3              contracts   batch_cache   artifact   loading   pictures
 2                       graph
@@ -16,14 +16,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {
-    "ptq": 6, "ptq.__main__": 6, "ptq.cli": 6, "ptq.cli_options": 6, "ptq.cli_images": 6,
-    "ptq.cli_sensitivity": 6,
-    "ptq.pipeline": 5, "ptq.sources": 5, "ptq.plugins": 5, "ptq.run": 5, "ptq.report": 5, "ptq.terminal": 5,
-    "ptq.gallery": 5, "ptq.demo": 5, "ptq.activation_ranges": 5, "ptq.sensitivity": 5, "ptq.mixed_precision": 5,
-    "ptq.distill": 4, "ptq.evaluate": 4, "ptq.similarity": 4, "ptq.vectors": 4,
-    "ptq.reconstruct": 4, "ptq.finish": 4, "ptq.calibrators": 4, "ptq.exporters": 4,
-    "ptq.contracts": 3, "ptq.batch_cache": 3, "ptq.artifact": 3, "ptq.loading": 3, "ptq.pictures": 3,
-    "ptq.graph": 2, "ptq.quant": 1, "ptq.spec": 0, "ptq.errors": 0,
+    "ptq": 6, "ptq.__main__": 6, "ptq.cli": 6, "ptq.cli_options": 6, "ptq.cli_images": 6, "ptq.cli_sensitivity": 6,
+    "ptq.cli_distill": 6, "ptq.cli_output": 6,
+    "ptq.pipeline": 5, "ptq.distillation": 5, "ptq.training_setup": 5, "ptq.sources": 5, "ptq.plugins": 5,
+    "ptq.run": 5, "ptq.report": 5, "ptq.terminal": 5, "ptq.gallery": 5, "ptq.demo": 5, "ptq.activation_ranges": 5,
+    "ptq.sensitivity": 5, "ptq.mixed_precision": 5,
+    "ptq.distilling": 4, "ptq.evaluate": 4, "ptq.similarity": 4, "ptq.vectors": 4, "ptq.reconstruct": 4,
+    "ptq.finish": 4, "ptq.calibrators": 4, "ptq.exporters": 4,
+    "ptq.contracts": 3, "ptq.training": 3, "ptq.augment": 3, "ptq.batch_cache": 3, "ptq.artifact": 3,
+    "ptq.loading": 3, "ptq.pictures": 3,
+    "ptq.graph": 2,
+    "ptq.quant": 1,
+    "ptq.spec": 0, "ptq.errors": 0,
 }  # fmt: skip
 PLUGINS = ("ptq.calibrators", "ptq.reconstruct", "ptq.finish", "ptq.exporters")
 # The loop that drives a rounding method is shared machinery, of which there is one; methods are found by name.

@@ -11,9 +11,10 @@ from ptq import errors
 from ptq.artifact import QuantizedModel
 
 PUBLIC = [
-    "ArtifactError", "BitConfig", "BitSensitivity", "CalibrationError", "ExportError", "ModelError", "PluginError", "PtqError",
-    "QuantizedModel", "ReconstructionError", "Similarity", "SpecError", "Synthesis", "bit_sensitivity", "data_similarity",
-    "export", "load", "quantize", "synthesize", "write_vectors",
+    "ArtifactError", "BitConfig", "BitSensitivity", "CalibrationError", "Distilled", "ExportError", "ModelError",
+    "PluginError", "PtqError", "QuantizedModel", "ReconstructionError", "Similarity", "SpecError", "Synthesis",
+    "bit_sensitivity", "data_similarity", "distill", "distill_quantized", "export", "load", "quantize", "synthesize",
+    "write_vectors",
 ]  # fmt: skip
 
 

@@ -89,6 +89,19 @@ def test_data_free_w4a4_beats_nearest_on_resnet20(shared, nets):
     assert _top1(qm.graph, x, y) > _top1(nearest.graph, x, y) + 0.1
 
 
+def test_distillation_recovers_what_two_bits_cost(shared, nets, tmp_path):
+    """Nearest rounding to 2 bits leaves ResNet-20 near chance; forty small steps on real pictures, without labels, mend much of it."""
+    mean, std = nets.ZOO["resnet20"][2]
+    model, (x, y) = nets.load("resnet20"), _pictures(shared, nets, "resnet20", "cifar10_calib.npz", 1000)
+    given = {"input_shape": (3, 32, 32), "mean": mean, "std": std, "rounding": "nearest"}
+    qm = ptq.quantize(model, "w2a4e4", x[:500], **given)
+    how = "epochs=2,steps=20,batch_size=32,lr=0.03,warmup=5"
+    out = ptq.distill_quantized(model, qm, training=how, report_on=(x[500:], y[500:]))
+    assert _top1(out.graph, x[500:], y[500:]) > _top1(qm.graph, x[500:], y[500:]) + 0.15
+    assert out.manifest.metrics["course"]["best"] > 35
+    assert ptq.export(out, "onnx_qdq", tmp_path / "m.onnx", images=x[:250])["differing_outputs"] == 0
+
+
 def test_raw_pixel_inputs_are_fitted(shared, nets):
     told: list[str] = []
     qm = ptq.quantize(

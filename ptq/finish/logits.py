@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from ptq.augment import beta
 from ptq.contracts import Feedback, Presets, make_rng
 from ptq.errors import SpecError
 from ptq.graph.blocks import extract, input_value_node, split
@@ -125,7 +126,7 @@ class Logits:
                 group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / self.steps))
             x = images[torch.randint(len(images), (min(self.batch_size, len(images)),), generator=rng)].to(device)
             if self.mix > 0 and len(x) > 1:
-                w = _beta(self.mix, len(x), rng).to(device).view(-1, 1, 1, 1)
+                w = beta(self.mix, len(x), rng).to(device).view(-1, 1, 1, 1)
                 x = w * x + (1 - w) * x.flip(0)
             with torch.no_grad():
                 wanted = dict(zip(names, teacher_part(x)))
@@ -177,13 +178,6 @@ class Logits:
     def smoke(cls, folder: Path) -> Self:
         """A few steps."""
         return cls(steps=3, batch_size=4)
-
-
-def _beta(a: float, count: int, rng: torch.Generator) -> Tensor:
-    """Draws of Beta(a, a), [count]: of two gamma variates X, Y, the share X / (X + Y)."""
-    shape = torch.full((count,), a)
-    x, y = (torch._standard_gamma(shape, generator=rng) for _ in range(2))  # pyright: ignore[reportPrivateImportUsage]
-    return x / (x + y)
 
 
 class _Undecided(nn.Module):

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from ptq.calibrators._augment import cutout, duplicates, flip_and_crop, shift_and_flip
+from ptq.calibrators._augment import cutout, duplicates, flip_and_crop
 
+from ptq.augment import mix_up, shift_and_flip
 from ptq.contracts import make_rng
 
 X = torch.arange(2 * 3 * 8 * 6, dtype=torch.float32).view(2, 3, 8, 6)
@@ -65,3 +66,13 @@ def test_gradients_reach_every_pixel_that_is_seen():
     x = X.clone().requires_grad_()
     shift_and_flip(x, make_rng(0, "a"), 0).sum().backward()
     assert torch.equal(x.grad, torch.ones_like(x))
+
+
+def test_blends_lie_between_an_image_and_its_neighbour():
+    x = torch.randn(6, 3, 4, 4)
+    out = mix_up(x, 1.0, make_rng(0, "a"))
+    w = ((out - x.roll(1, 0)) / (x - x.roll(1, 0))).flatten(1)
+    # One weight for all pixels of an image; where two pixels are nearly equal the quotient loses digits.
+    assert bool(((w.median(1).values > 0) & (w.median(1).values < 1)).all())
+    assert torch.allclose(out, torch.lerp(x.roll(1, 0), x, w.median(1).values.view(-1, 1, 1, 1)), atol=1e-4)
+    assert len(w.median(1).values.unique()) == 6

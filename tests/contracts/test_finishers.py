@@ -7,9 +7,10 @@ import torch
 
 import ptq
 from ptq import plugins
+from ptq.augment import beta
 from ptq.contracts import Feedback, hold_back, make_rng
 from ptq.errors import SpecError
-from ptq.finish.logits import Logits, _beta, _Undecided
+from ptq.finish.logits import Logits, _Undecided
 from ptq.quant.affine import QParams
 from ptq.quant.fake_quant import ActFakeQuant, Dequantize, weight_grid
 from ptq.reconstruct._loop import reconstruct_blocks
@@ -105,8 +106,8 @@ def test_a_share_that_leaves_nothing_is_refused():
 def test_blending_is_by_a_beta_distribution():
     """Beta(a, a) has mean 1/2 and variance 1 / (4 (2a + 1)); each draw has its generator's word alone."""
     for a in (0.3, 1.0, 4.0):
-        draws = _beta(a, 20_000, make_rng(0, "blend"))
-        assert torch.equal(draws, _beta(a, 20_000, make_rng(0, "blend")))
+        draws = beta(a, 20_000, make_rng(0, "blend"))
+        assert torch.equal(draws, beta(a, 20_000, make_rng(0, "blend")))
         assert bool(((draws >= 0) & (draws <= 1)).all())
         # 5 standard deviations of mean and variance of so many draws of spread at most 1/2.
         assert float(draws.mean()) == pytest.approx(0.5, abs=0.018)

@@ -1,0 +1,222 @@
+"""`ptq distill`: a quantized network trained further, or a student of another architecture."""
+
+import argparse
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from ptq import plugins
+from ptq.artifact import MANIFEST, QuantizedModel, check_free, whole_folder
+from ptq.cli_images import further, sized
+from ptq.cli_output import Again, close, where_from, write_network
+from ptq.contracts import Feedback
+from ptq.distillation import Distilled, distill, distill_quantized
+from ptq.distilling.course import Course
+from ptq.errors import SpecError
+from ptq.evaluate import runner
+from ptq.loading import fresh_model, load_model
+from ptq.pictures import Pictures
+from ptq.pipeline import quantize, read_bits
+from ptq.report import Section, print_sections
+from ptq.run import start_run
+from ptq.terminal import shown
+from ptq.training_setup import open_labelled
+
+STUDENT, FACTS = "student.pt", "distillation.json"
+_CPU = torch.device("cpu")
+
+
+def run_distill(args: argparse.Namespace) -> int:
+    """Trains a student and writes it. A command that was interrupted, given again, goes on after the last whole epoch.
+
+    Raises:
+        SpecError: neither a folder nor a student is named, or both.
+    """
+    named = args.student is not None or args.student_arch is not None
+    if (args.folder is not None) == named:
+        raise SpecError(
+            "name what shall learn: a folder that 'ptq quantize -o' wrote, or a student by --student-arch (and --student)"
+        )
+    console = Console(stderr=True)
+    if args.folder is not None:
+        _quantized(args, console)
+    else:
+        _student(args, console)
+    return 0
+
+
+def _training(args: argparse.Namespace) -> str:
+    """The training's options as one text: what the single options say counts last."""
+    single = {"epochs": args.epochs, "steps": args.steps, "batch_size": args.batch}
+    return ",".join(filter(None, [args.training, *(f"{key}={v}" for key, v in single.items() if v is not None)]))
+
+
+def _progress(args: argparse.Namespace) -> Path:
+    """Where the state after every epoch is kept, unless --cache says where: beside the output, until that is there."""
+    return args.cache or args.output.with_name(f"{args.output.name}.progress")
+
+
+def _forget(args: argparse.Namespace) -> None:
+    if args.cache is None:
+        shutil.rmtree(_progress(args), ignore_errors=True)
+
+
+def _common(args: argparse.Namespace, feedback: Feedback) -> dict[str, Any]:
+    return {
+        "training": _training(args), "report_on": args.report_on, "effort": args.effort, "device": args.device,
+        "cache": _progress(args), "feedback": feedback,
+    }  # fmt: skip
+
+
+def _quantized(args: argparse.Namespace, console: Console) -> None:
+    """A quantized network, trained further."""
+    for name in ("then", "restore", "rounding", "input_shape", "mean", "std", "with_models"):
+        if getattr(args, name):
+            shown_as = {"with_models": "with"}.get(name, name).replace("_", "-")
+            raise SpecError(f"--{shown_as} given; it belongs to students of another architecture, not to a folder")
+    args.output = args.output or args.folder.absolute().with_name(f"{args.folder.absolute().name}-distilled")
+    check_free(args.output, args.force)
+    qm = QuantizedModel.load(args.folder)
+    model = _teacher_of(args, qm)
+    target = None if args.target == "none" else plugins.build("exporters", args.target)
+    data = None if args.data is None else sized(args.data, args)
+    with shown(args.quiet, console) as feedback:
+        qm = distill_quantized(model, qm, data, seed=args.seed, **_common(args, feedback))
+    pictures = _labelled(args, qm)
+    runs = {"float": runner(model, _CPU), "distilled": runner(qm.graph, _CPU)} if pictures is not None else {}
+    qm, sections = write_network(qm, model, args.output, args.force, target, pictures, runs)
+    _forget(args)
+    close(args, qm, [*_course_sections(Course.from_json(qm.manifest.metrics["course"])), *sections], console)
+
+
+def _teacher_of(args: argparse.Namespace, qm: QuantizedModel) -> nn.Module:
+    """The float network: the file that was named, else the one that the folder's recipe names.
+
+    Raises:
+        SpecError: neither names one that is there.
+    """
+    path, arch, found = args.teacher, args.arch or qm.manifest.recipe.get("arch"), qm.manifest.recipe.get("model")
+    if path is None:
+        if found is None or not Path(found).is_file():
+            raise SpecError(
+                f"the float network is needed as teacher, and {found or 'the file it was made from'} is not there; name it by "
+                "--teacher MODEL --arch ARCH"
+            )
+        path = Path(found)
+    return load_model(path, arch, trust_pickle=args.trust_pickle)
+
+
+def _labelled(args: argparse.Namespace, qm: QuantizedModel) -> Pictures | None:
+    m = qm.manifest
+    return open_labelled(args.report_on, start_run(m.input_shape, "cpu", 0, m.mean, m.std, None))
+
+
+def _student(args: argparse.Namespace, console: Console) -> None:
+    """A student of another architecture, and what quantizing it gives where that is asked for."""
+    for name in ("teacher", "input_shape", "output"):
+        if getattr(args, name) is None:
+            raise SpecError(
+                f"--{name.replace('_', '-')} is missing; a student learns from a teacher, -o is the folder to write"
+            )
+    check_free(args.output, args.force)
+    if args.target != "none":
+        plugins.build("exporters", args.target)
+    if args.then is not None:  # its mistakes show before the work
+        read_bits(args.then)
+        plugins.build("reconstructors", args.rounding or "nearest")
+    seed, arch = args.seed or 0, args.student_arch or args.arch
+    model = load_model(args.teacher, args.arch, trust_pickle=args.trust_pickle)
+    student = (
+        fresh_model(arch, seed)
+        if args.student is None
+        else load_model(args.student, arch, trust_pickle=args.trust_pickle)
+    )
+    stated = {"input_shape": args.input_shape, "mean": args.mean, "std": args.std, "seed": seed}
+    more = {} if args.restore is None else {"restore": args.restore}
+    with shown(args.quiet, console) as feedback:
+        found = distill(
+            model,
+            student,
+            sized(args.data or "auto", args),
+            teachers=further(args),
+            **stated,
+            **more,
+            **_common(args, feedback),
+        )
+        qm = None if args.then is None else _then(args, found, stated, feedback)
+    _write_student(args, model, found, qm, console)
+
+
+def _write_student(
+    args: argparse.Namespace, model: nn.Module, found: Distilled, qm: QuantizedModel | None, console: Console
+) -> None:
+    """Writes the student and, where it was quantized, what `quantize` writes beside it; prints what it ended with."""
+    facts, sections = _facts(args, found), _course_sections(found.course, found.top1)
+
+    def write_more(folder: Path) -> None:
+        torch.save(found.student.state_dict(), folder / STUDENT)
+        (folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+    if qm is None:
+        with whole_folder(args.output, args.force) as folder:
+            write_more(folder)
+            (folder / MANIFEST).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        _forget(args)
+        _say(args, facts, sections, console)
+        return
+    origin = where_from(args.output / STUDENT, args.student_arch or args.arch)
+    qm = replace(qm, manifest=replace(qm.manifest, recipe=qm.manifest.recipe | origin))
+    target = None if args.target == "none" else plugins.build("exporters", args.target)
+    pictures = _labelled(args, qm)
+    floats = {"teacher": runner(model, _CPU), "student, float": runner(found.student, _CPU)}
+    runs = {**floats, "student": runner(qm.graph, _CPU)} if pictures is not None else {}
+    qm, tables = write_network(qm, found.student, args.output, args.force, target, pictures, runs, write_more)
+    _forget(args)
+    close(args, qm, [*sections, *tables], console)
+
+
+def _then(args: argparse.Namespace, found: Distilled, stated: dict[str, Any], feedback: Feedback) -> QuantizedModel:
+    """The student quantized, on images that it was trained on."""
+    real = str(found.recipe["data"]).startswith("images")
+    data: Any = Again(found.images, not real, "running", 64, len(found.images))
+    qm = quantize(
+        found.student, args.then, data, rounding=args.rounding or "genie_m", effort=args.effort, device=args.device,
+        target=None if args.target == "none" else args.target, source=f"the student of {args.teacher.name}", feedback=feedback,
+        **stated,
+    )  # fmt: skip
+    recipe = {**qm.manifest.recipe, "data": found.recipe["data"], "student": found.recipe}
+    return replace(qm, manifest=replace(qm.manifest, recipe=recipe, notes=[*found.notes, *qm.manifest.notes]))
+
+
+def _facts(args: argparse.Namespace, found: Distilled) -> dict[str, Any]:
+    files = {"teacher": str(args.teacher), "student": args.student and str(args.student)}
+    return {
+        **files, "student_arch": args.student_arch or args.arch, "recipe": found.recipe, "course": found.course.to_json(),
+        "top1": found.top1, "seconds": found.seconds, "notes": list(found.notes),
+    }  # fmt: skip
+
+
+def _course_sections(course: Course, final: float | None = None) -> list[Section]:
+    rows = [[str(r.epoch), f"{r.loss:.4g}", *([] if r.top1 is None else [f"{r.top1:.2f} %"])] for r in course.rows]
+    told = bool(course.accuracies)
+    sections = [Section("Epochs", [">epoch", ">loss", *([">top-1"] if told else [])], rows)]
+    if course.mean is not None and course.variance is not None and course.best is not None:
+        figures = [["mean over epochs", f"{course.mean:.2f} %"], ["variance", f"{course.variance:.2f}"]]
+        figures += [["best epoch (nothing is chosen by it)", f"{course.best:.2f} %"]]
+        figures += [] if final is None else [["at the end", f"{final:.2f} %"]]
+        sections.append(Section("Reported accuracy", ["", ">top-1"], figures))
+    return sections
+
+
+def _say(args: argparse.Namespace, facts: dict[str, Any], sections: list[Section], console: Console) -> None:
+    if args.json:
+        print(json.dumps(facts, indent=1))
+    elif not args.quiet:
+        print_sections(Console(), sections)
+        console.print(f"written to {args.output}: {STUDENT}, {FACTS}")

@@ -1,0 +1,1 @@
+"""Training a student, quantized or of another architecture, to give what its teacher gives."""

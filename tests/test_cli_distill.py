@@ -1,0 +1,181 @@
+"""`ptq distill` and `quantize --distill` as a user meets them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import ptq
+from ptq.cli import main
+from ptq.contracts import Feedback
+from tests.zoo import ZOO, build
+
+FILE = Path(__file__).parent / "zoo.py"
+ARCH = f"{FILE}:Residual"
+SHORT = ["--epochs", "2", "--steps", "2", "--batch", "4"]
+TEACHER = ["--teacher", "model.pt", "--arch", ARCH, "--input-shape", "3,16,16", "--mean", "0.5", "--std", "0.25"]
+GENIE = ["--data", "genie:steps=2,count=8,batch_size=4"]
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """A folder with `model.pt` and labelled pictures `val.npz`, made the working directory."""
+    monkeypatch.chdir(tmp_path)
+    torch.save(build("residual").state_dict(), "model.pt")
+    rng = np.random.default_rng(0)
+    np.savez("val.npz", x=rng.integers(0, 256, (20, 16, 16, 3), dtype=np.uint8), y=rng.integers(0, 10, 20))
+    return tmp_path
+
+
+@pytest.fixture
+def quantized(work):
+    """The folder with `out/`, a quantized network, in it."""
+    given = ["model.pt", "--arch", ARCH, "--input-shape", "3,16,16", "--mean", "0.5", "--std", "0.25", "--bits", "w3a4"]
+    assert main(["quantize", *given, *GENIE, "--rounding", "nearest", "-o", "out", "--quiet"]) == 0
+    return work
+
+
+def _student(*extra: str, out: str = "made") -> int:
+    given = ["distill", *TEACHER, "--student-arch", f"{FILE}:SharedReLU", "-o", out, *SHORT, *extra]
+    return main(given if "--data" in extra else [*given, *GENIE])
+
+
+def test_a_folder_is_trained_further(quantized, capsys):
+    assert main(["distill", "out", *SHORT, "--report-on", "val.npz"]) == 0
+    shown = capsys.readouterr().out
+    for word in ("Epochs", "mean over epochs", "variance", "onnxruntime", "distilled", "passed"):
+        assert word in shown, word
+    before, after = (json.loads(Path(f, "manifest.json").read_text())["manifest"] for f in ("out", "out-distilled"))
+    assert after["metrics"]["proof"]["passed"] and after["metrics"]["proof"]["differing_outputs"] == 0
+    assert after["recipe"]["distill"].startswith("epochs=2,steps=2,batch_size=4")
+    assert {k: v["scale"] for k, v in after["ranges"].items()} == {k: v["scale"] for k, v in before["ranges"].items()}
+    assert not torch.equal(
+        ptq.load("out").graph(torch.ones(1, 3, 16, 16)), ptq.load("out-distilled").graph(torch.ones(1, 3, 16, 16))
+    )
+    assert sorted(p.name for p in Path().iterdir()) == ["model.pt", "out", "out-distilled", "val.npz"]
+
+
+def test_in_the_run_that_quantizes(work):
+    given = [
+        "model.pt",
+        "--arch",
+        ARCH,
+        "--input-shape",
+        "3,16,16",
+        "--bits",
+        "w3a4",
+        *GENIE,
+        "--rounding",
+        "nearest",
+        "--quiet",
+    ]
+    assert main(["quantize", *given, "-o", "out", "--distill", "epochs=1,steps=2,batch_size=4"]) == 0
+    assert (
+        main(["quantize", "model.pt", "--arch", ARCH, "--recipe", "out/manifest.json", "-o", "again", "--quiet"]) == 0
+    )
+    for name in ("tensors.safetensors", "model.onnx"):
+        assert Path("out", name).read_bytes() == Path("again", name).read_bytes()
+    assert json.loads(Path("out/manifest.json").read_text())["manifest"]["recipe"]["distill"].startswith("epochs=1")
+
+
+def test_another_architecture(work, capsys):
+    assert _student("--report-on", "val.npz") == 0
+    assert "at the end" in capsys.readouterr().out
+    assert {p.name for p in Path("made").iterdir()} == {"student.pt", "distillation.json", "manifest.json"}
+    facts = json.loads(Path("made/distillation.json").read_text())
+    assert [row["epoch"] for row in facts["course"]["epochs"]] == [1, 2] and facts["top1"] is not None
+    student = ZOO["shared_relu"]()
+    student.load_state_dict(torch.load("made/student.pt", weights_only=True))
+    assert _student("--student", "made/student.pt", "--quiet", out="further") == 0
+    assert not Path("made.progress").exists()
+
+
+def test_and_then_it_is_quantized(work, capsys):
+    assert _student("--then", "w4a4", "--rounding", "nearest", "--report-on", "val.npz") == 0
+    shown = capsys.readouterr().out
+    for word in ("teacher", "student, float", "onnxruntime", "passed", "variance"):
+        assert word in shown, word
+    assert {"student.pt", "model.onnx", "distillation.json", "report.md"} <= {p.name for p in Path("made").iterdir()}
+    assert main(["eval", "made", "--val", "val.npz", "--json"]) == 0
+    assert (
+        main(["distill", "made", *SHORT, *GENIE, "--quiet"]) == 0
+    )  # the teacher is now the student that was quantized
+
+
+def test_fresh_weights_depend_on_the_seed(work):
+    for seed, out in (("1", "a"), ("1", "b"), ("2", "c")):
+        assert _student("--seed", seed, "--quiet", "--data", "gaussian:teacher_bn=running", out=out) == 0
+    a, b, c = (Path(f, "student.pt").read_bytes() for f in "abc")
+    assert a == b and a != c
+
+
+def test_a_command_given_again_goes_on(work, monkeypatch):
+    assert _student("--quiet", out="whole") == 0
+    steps: list[int] = []
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage == "distillation":
+            steps.append(done)
+            if len(steps) == 3:
+                raise KeyboardInterrupt
+
+    class _Shown:
+        def __init__(self, quiet, console) -> None: ...
+
+        def __enter__(self) -> Feedback:
+            return Feedback(progress)
+
+        def __exit__(self, *args) -> None: ...
+
+    monkeypatch.setattr("ptq.cli_distill.shown", _Shown)
+    assert _student("--quiet") == 130
+    assert not Path("made").exists() and Path("made.progress").is_dir()
+    assert _student("--quiet") == 0
+    # One epoch of two steps was whole: it is told as done, the second is made again.
+    assert steps == [1, 2, 3, 2, 3, 4]
+    assert Path("made/student.pt").read_bytes() == Path("whole/student.pt").read_bytes()
+    assert not Path("made.progress").exists()
+
+
+_NEW = ("distill", *TEACHER, "--student-arch", f"{FILE}:SharedReLU", "-o", "made", "--quiet")
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("distill",), "name what shall learn"),
+        (("distill", "out", "--student-arch", ARCH), "name what shall learn"),
+        (("distill", "nowhere"), "holds no manifest.json"),
+        (("distill", "--student-arch", ARCH, "-o", "made"), "--teacher is missing"),
+        (("distill", "out", "--then", "w4a4"), "--then given"),
+        (("distill", "out", "--teacher", "none.pt"), "nothing is there"),
+        (("distill", "out", "--report-on", "nowhere"), "neither a folder nor a file"),
+        (("distill", "out", "--training", "epoch=1"), "did you mean 'epochs'"),
+        (("distill", "out", "--data", "gaussian:teacher_bn=batch"), "cannot normalize by the batch"),
+        ((*_NEW, "--report-on", "nowhere"), "neither a folder nor a file"),
+        ((*_NEW, "--epochs", "-1"), "at least 0"),
+        ((*_NEW, "--data", "genie", "--training", "feed=pool"), "fixed set"),
+        ((*_NEW, "--then", "w9a4"), "2 to 8"),
+        ((*_NEW, "--target", "npu"), "known: onnx_qdq"),
+        ((*_NEW, "--student", "none.pt"), "nothing is there"),
+        ((*_NEW[:-4], f"{FILE}:Plain", "-o", "made", "--data", "gaussian"), "no BatchNorm"),
+    ],
+)  # fmt: skip
+def test_bad_input_gets_one_line_and_status_2(args, says, quantized, capsys):
+    capsys.readouterr()
+    before = sorted(p.name for p in Path().iterdir())
+    assert main(list(args)) == 2
+    shown = capsys.readouterr()
+    lines = shown.err.strip().splitlines()
+    assert len(lines) == 1 and says in lines[0], shown.err
+    assert shown.out == "" and sorted(p.name for p in Path().iterdir()) == before
+
+
+def test_a_teacher_that_is_gone_is_asked_for(quantized, capsys):
+    Path("model.pt").rename("moved.pt")
+    capsys.readouterr()
+    assert main(["distill", "out", *SHORT]) == 2
+    assert "--teacher MODEL" in capsys.readouterr().err
+    assert main(["distill", "out", "--teacher", "moved.pt", *SHORT, "--quiet", "-o", "there"]) == 0
