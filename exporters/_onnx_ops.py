@@ -189,6 +189,36 @@ def _layer_norm(b: Builder, node: fx.Node, out: str) -> str:
     )
 
 
+def _group_norm(b: Builder, node: fx.Node, out: str) -> str:
+    m, path, shape = b.module(node), str(node.target), node.meta["shape"]
+
+    def constant(name: str, value: Any, kind: Any) -> str:
+        return b.constant(f"{path}.{name}", np.array(value, dtype=kind))
+
+    ones, zeros = (
+        constant("ones", [1.0] * m.num_groups, np.float32),
+        constant("zeros", [0.0] * m.num_groups, np.float32),
+    )
+    grouped = b.add("Reshape", [*b.inputs(node), constant("groups", [0, m.num_groups, -1], np.int64)], f"{out}.grouped")
+    normal = b.add("InstanceNormalization", [grouped, ones, zeros], f"{out}.normal", epsilon=float(m.eps))
+    x = b.add("Reshape", [normal, constant("shape", [0, *shape], np.int64)], f"{out}.shaped" if m.affine else out)
+    if not m.affine:
+        return x
+    parts = (v.detach().cpu().numpy().reshape(-1, *[1] * (len(shape) - 1)) for v in (m.weight, m.bias))
+    weight, bias = (b.constant(f"{path}.{k}", v) for k, v in zip(("weight", "bias"), parts))
+    return b.add("Add", [b.add("Mul", [x, weight], f"{out}.scaled"), bias], out)
+
+
+def _softplus(b: Builder, node: fx.Node, out: str) -> str:
+    """log(1 + e^βx) / β: what torch gives up to its threshold, and differs from x by less than a rounding beyond it."""
+    beta = float(b.module(node).beta)
+    if beta == 1:
+        return b.add("Softplus", b.inputs(node), out)
+    factor = b.constant(f"{out}.beta", np.array(beta, dtype=np.float32))
+    soft = b.add("Softplus", [b.add("Mul", [*b.inputs(node), factor], f"{out}.times")], f"{out}.soft")
+    return b.add("Div", [soft, factor], out)
+
+
 def _prelu(b: Builder, node: fx.Node, out: str) -> str:
     slope = b.module(node).weight.detach().cpu().numpy()
     rank = len(node.meta["shape"])  # channels come first, behind the batch
@@ -242,6 +272,8 @@ EMITTERS: dict[str, Callable[[Builder, fx.Node, str], str]] = {
     "leaky_relu": _plain("LeakyRelu", lambda m: {"alpha": float(m.negative_slope)}),  # type: ignore[arg-type]
     "sigmoid": _plain("Sigmoid"), "hard_sigmoid": _plain("HardSigmoid", lambda m: {"alpha": 1 / 6, "beta": 0.5}),
     "elu": _plain("Elu", lambda m: {"alpha": float(m.alpha)}), "prelu": _prelu, "layer_norm": _layer_norm,  # type: ignore[arg-type]
+    "group_norm": _group_norm, "softplus": _softplus,
+    "softmax": _plain("Softmax", lambda m: {"axis": m.dim}), "log_softmax": _plain("LogSoftmax", lambda m: {"axis": m.dim}),  # type: ignore[dict-item]
     "conv_transpose": _conv_transpose, "add_constant": _with_constant("Add"), "mul_constant": _with_constant("Mul"),
     "adaptive_average": _adaptive_average, "resize_bilinear": _resize_bilinear, "resize_nearest": _resize_nearest,
     "tanh": _plain("Tanh"), "gelu": _plain("Gelu", lambda m: {"approximate": m.approximate}),  # type: ignore[dict-item]

@@ -35,6 +35,8 @@ EXAMPLES: dict[type, Callable[[], nn.Module]] = {
     nn.LeakyReLU: lambda: nn.LeakyReLU(0.3),
     nn.GELU: lambda: nn.GELU("tanh"), nn.ELU: lambda: nn.ELU(0.5), nn.PReLU: lambda: nn.PReLU(4),
     nn.LayerNorm: lambda: nn.LayerNorm((4, 3), 1e-3, True, False),
+    nn.GroupNorm: lambda: nn.GroupNorm(2, 4, 1e-3, False), nn.Softplus: lambda: nn.Softplus(2.0, 10.0),
+    nn.Softmax: lambda: nn.Softmax(2), nn.LogSoftmax: lambda: nn.LogSoftmax(3),
     nn.ConvTranspose2d: lambda: nn.ConvTranspose2d(4, 6, (3, 2), (2, 3), (1, 0), (1, 2), 2, False, (1, 3)),
     ResizeNearest: lambda: ResizeNearest((5, 7)), ResizeBilinear: lambda: ResizeBilinear((5, 7), True),
     AdaptiveAverage: lambda: AdaptiveAverage((5, 3)), AddConstant: lambda: AddConstant((4, 1, 1)),

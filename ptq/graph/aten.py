@@ -37,11 +37,20 @@ def _reversed(call: Call) -> list[Any]:
     return constant.subtract(Call((call.get(1, "other"), call.args[0]), {}, call.shape, call.out))
 
 
+def _instance_norm(call: Call) -> list[Any]:
+    """aten.instance_norm(x, weight, bias, mean, var, use_input_stats, momentum, eps, cudnn)."""
+    weight, bias, mean, var = (call.get(k, name, None) for k, name in enumerate(("weight", "bias", "mean", "var"), 1))
+    rest = (call.get(5, "use_input_stats", True), call.get(6, "momentum", 0.1), call.get(7, "eps", 1e-5))
+    return constant.instance_norm(Call((call.args[0], mean, var, weight, bias, *rest), {}, call.shape, call.out))
+
+
 # Name without overload and without the underscore of in-place operations → steps. Arguments stand as in torch.nn.functional,
 # but where a function of its own says otherwise.
 ATEN: dict[str, Callable[[Call], list[Any]]] = {
     "conv2d": constant.conv, "convolution": _transposed, "conv_transpose2d": constant.conv_transpose,
     "linear": constant.linear, "batch_norm": constant.batch_norm(aten=True), "layer_norm": constant.layer_norm,
+    "group_norm": constant.group_norm, "instance_norm": _instance_norm,
+    "softmax": constant.softmax(nn.Softmax), "log_softmax": constant.softmax(nn.LogSoftmax),
     "prelu": constant.prelu, "sub": constant.subtract, "rsub": _reversed, "div": constant.divide,
     "add": constant.arithmetic(operator.add),
     "mul": constant.arithmetic(operator.mul), "upsample_nearest2d": spatial.resize("nearest"),
@@ -51,7 +60,8 @@ ATEN: dict[str, Callable[[Call], list[Any]]] = {
     for name, function in {
         "relu": F.relu, "relu6": F.relu6, "hardtanh": F.hardtanh, "leaky_relu": F.leaky_relu, "elu": F.elu, "silu": F.silu,
         "hardswish": F.hardswish, "hardsigmoid": F.hardsigmoid, "sigmoid": torch.sigmoid, "tanh": torch.tanh,
-        "gelu": F.gelu, "max_pool2d": F.max_pool2d, "avg_pool2d": F.avg_pool2d, "adaptive_avg_pool2d": F.adaptive_avg_pool2d,
+        "gelu": F.gelu, "softplus": F.softplus, "mish": F.mish, "max_pool2d": F.max_pool2d,
+        "avg_pool2d": F.avg_pool2d, "adaptive_avg_pool2d": F.adaptive_avg_pool2d,
         "mean": torch.mean, "permute": torch.permute, "transpose": torch.transpose, "pad": F.pad,
     }.items()
 } | dict.fromkeys(("flatten", "view", "_unsafe_view", "reshape", "squeeze", "unsqueeze"), spatial.reshape) | dict.fromkeys(

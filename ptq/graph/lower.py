@@ -18,7 +18,7 @@ from torch import nn
 
 from ptq.graph import lower_constant as constant
 from ptq.graph import lower_spatial as spatial
-from ptq.graph.call import Call, Step, Unsupported
+from ptq.graph.call import Call, Constant, Step, Unsupported
 from ptq.graph.ops import OPS
 
 
@@ -65,6 +65,10 @@ FUNCTIONS: dict[Any, Callable[[Call], list[Any]]] = {
     F.linear: constant.linear,
     F.batch_norm: constant.batch_norm(aten=False),
     F.layer_norm: constant.layer_norm,
+    F.group_norm: constant.group_norm,
+    F.instance_norm: constant.instance_norm,
+    F.softplus: lambda call: [nn.Softplus(call.get(1, "beta", 1.0), call.get(2, "threshold", 20.0))],
+    F.mish: lambda call: [nn.Softplus(), nn.Tanh(), GATED],
     F.gelu: lambda call: [nn.GELU(call.get(1, "approximate", "none"))],
 }
 for _functions, _step in (
@@ -78,6 +82,8 @@ FUNCTIONS |= dict.fromkeys((operator.add, operator.iadd, torch.add), constant.ar
 FUNCTIONS |= dict.fromkeys((operator.mul, operator.imul, torch.mul), constant.arithmetic(operator.mul))
 FUNCTIONS |= dict.fromkeys((operator.sub, torch.sub), constant.subtract)
 FUNCTIONS |= dict.fromkeys((operator.truediv, torch.div), constant.divide)
+FUNCTIONS |= dict.fromkeys((F.softmax, torch.softmax), constant.softmax(nn.Softmax))
+FUNCTIONS |= dict.fromkeys((F.log_softmax, torch.log_softmax), constant.softmax(nn.LogSoftmax))
 FUNCTIONS |= dict.fromkeys((torch.flatten, torch.reshape, torch.squeeze), spatial.reshape)
 
 METHODS: dict[str, Callable[[Call], list[Any]]] = {
@@ -86,6 +92,7 @@ METHODS: dict[str, Callable[[Call], list[Any]]] = {
     "flatten": spatial.reshape, "squeeze": spatial.reshape, "permute": spatial.permute, "transpose": spatial.transpose,
     "add": FUNCTIONS[torch.add], "add_": FUNCTIONS[torch.add], "mul": FUNCTIONS[torch.mul], "mul_": FUNCTIONS[torch.mul],
     "sub": constant.subtract, "div": constant.divide,
+    "softmax": FUNCTIONS[F.softmax], "log_softmax": FUNCTIONS[F.log_softmax],
 }  # fmt: skip
 
 IN_PLACE = {operator.iadd, operator.imul, torch.relu_, "add_", "mul_", "relu_"}
@@ -108,6 +115,12 @@ def _norm(m: nn.BatchNorm1d | nn.BatchNorm2d) -> nn.Module:
     if m.running_var is None:
         raise Unsupported("a BatchNorm without running statistics, whose result depends on the other images of a batch")
     return m
+
+
+def _instance_norm(m: nn.InstanceNorm2d, call: Call) -> list[Any]:
+    given = (None, m.running_mean, m.running_var, m.weight, m.bias, not m.track_running_stats, 0.1, m.eps)
+    held = tuple(Constant(v) if isinstance(v, torch.Tensor) else v for v in given)
+    return constant.instance_norm(Call(held, {}, call.shape, call.out))
 
 
 MODULES: dict[type, Callable[[Any, Call], list[Any]]] = {
@@ -141,6 +154,10 @@ MODULES: dict[type, Callable[[Any, Call], list[Any]]] = {
     nn.UpsamplingNearest2d: lambda m, call: spatial.resize()(
         Call((None, None, None, "nearest"), {}, call.shape, call.out)
     ),
+    nn.InstanceNorm2d: _instance_norm,
+    nn.Softmax: lambda m, call: constant.softmax(nn.Softmax)(Call((None, m.dim), {}, call.shape, call.out)),
+    nn.LogSoftmax: lambda m, call: constant.softmax(nn.LogSoftmax)(Call((None, m.dim), {}, call.shape, call.out)),
+    nn.Mish: lambda m, call: [nn.Softplus(), nn.Tanh(), GATED],
     nn.Flatten: lambda m, call: spatial.reshape(call),
     nn.Identity: lambda m, call: [],
     nn.Dropout: lambda m, call: [],

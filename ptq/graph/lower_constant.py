@@ -104,6 +104,43 @@ def layer_norm(call: Call) -> list[Step]:
     return [_filled(module, weight=weight, bias=bias)]
 
 
+def group_norm(call: Call) -> list[Step]:
+    """group_norm(x, groups, weight, bias, eps)."""
+    weight, bias = call.tensor(2, "weight"), call.tensor(3, "bias")
+    return [_group_norm(call, call.get(1, "num_groups"), call.get(4, "eps", 1e-5), weight, bias)]
+
+
+def instance_norm(call: Call) -> list[Step]:
+    """instance_norm(x, mean, var, weight, bias, use_input_stats, momentum, eps) with its input's statistics: a group a channel."""
+    if not call.get(5, "use_input_stats", True):
+        raise Unsupported("an instance_norm with running statistics; BatchNorm2d computes the same")
+    weight, bias = call.tensor(3, "weight"), call.tensor(4, "bias")
+    return [_group_norm(call, call.shape[0], call.get(7, "eps", 1e-5), weight, bias)]
+
+
+def _group_norm(call: Call, groups: int, eps: float, weight: Tensor | None, bias: Tensor | None) -> nn.Module:
+    channels = call.shape[0]
+    if weight is None and bias is None:
+        return nn.GroupNorm(groups, channels, eps, affine=False)
+    parts = {
+        "weight": torch.ones(channels) if weight is None else weight,
+        "bias": torch.zeros(channels) if bias is None else bias,
+    }
+    return _filled(nn.GroupNorm(groups, channels, eps), **parts)
+
+
+def softmax(kind: type[nn.Softmax] | type[nn.LogSoftmax]) -> Callable[[Call], list[Step]]:
+    """softmax(x, dim), over any dimension but that of the batch."""
+
+    def lower(call: Call) -> list[Step]:
+        dim, rank = call.get(1, "dim", None), len(call.shape) + 1
+        if dim is None or dim % rank == 0:
+            raise Unsupported("a softmax over the images of a batch" if dim is not None else "a softmax without dim")
+        return [kind(dim % rank)]
+
+    return lower
+
+
 def prelu(call: Call) -> list[Step]:
     """prelu(x, weight)."""
     weight = _weight(call)

@@ -84,6 +84,8 @@ class Everything(nn.Module):
         self.act, self.head, self.norm = nn.LeakyReLU(0.2), nn.Linear(8, 10), nn.BatchNorm1d(10)
         self.up, self.layer_norm, self.prelu = nn.ConvTranspose2d(8, 8, 3, 2, 1, 1, 4), nn.LayerNorm(7), nn.PReLU(8)
         self.scale = nn.Parameter(torch.linspace(0.5, 2, 8).view(8, 1, 1))
+        self.groups, self.instances = nn.GroupNorm(2, 8), nn.InstanceNorm2d(8, affine=True)
+        nn.init.uniform_(self.groups.weight, 0.5, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.conv(x))
@@ -91,10 +93,11 @@ class Everything(nn.Module):
         x = F.gelu(F.interpolate(x, scale_factor=2), approximate="tanh") * torch.tanh(F.interpolate(x, scale_factor=2))
         x = F.elu(self.prelu(self.up(x)), 0.5) * self.scale + 1
         x = F.interpolate(F.interpolate(x, (9, 7)), (11, 7), mode="bilinear") + F.adaptive_avg_pool2d(x, (11, 7))
-        x = self.layer_norm(x)
+        x = F.mish(self.groups(self.layer_norm(x))) + F.softplus(self.instances(x), 2.0)
         x = F.hardswish(F.max_pool2d(x, 3, 2, 1, ceil_mode=True))
         x = self.head(x.permute(0, 2, 3, 1))
-        return self.norm(F.relu(x.transpose(1, -1).mean((2, 3))))
+        x = self.norm(F.relu(x.transpose(1, -1).mean((2, 3))))
+        return torch.cat((x.softmax(1), F.log_softmax(x, 1)), 1)
 
 
 @pytest.mark.parametrize("bits", ["w8a8", "w4"])

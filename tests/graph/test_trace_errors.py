@@ -76,9 +76,9 @@ def test_unknown_function_is_named_with_its_line():
 
 def test_unknown_module_is_named_with_path_and_type():
     with pytest.raises(
-        ModelError, match=r"unknown module m\.0 of type Softplus at m_0 \(.*test_trace.*known: adaptive_average, "
+        ModelError, match=r"unknown module m\.0 of type Softsign at m_0 \(.*test_trace.*known: adaptive_average, "
     ):
-        trace(Around(lambda s, y: s.m[0](y), nn.Softplus()), SHAPE)
+        trace(Around(lambda s, y: s.m[0](y), nn.Softsign()), SHAPE)
 
 
 def test_a_subclass_of_a_known_module_is_not_taken_for_it():
