@@ -49,17 +49,19 @@ def test_w8a8_on_real_pictures_is_float_within_noise(name, shared, nets, tmp_pat
 
 @pytest.mark.parametrize("bits", ("w8a8", "w4a8", "w4a4"))
 @pytest.mark.parametrize(
-    ("name", "shape", "count"),
+    ("name", "file", "count"),
     [
-        ("resnet8", (3, 32, 32), 1000), ("resnet20", (3, 32, 32), 1000), ("mobilenet_v1_025", (3, 224, 224), 32),
-        ("lenet5", (1, 32, 32), 1000),
+        ("resnet8", "cifar10_calib.npz", 1000), ("resnet20", "cifar10_calib.npz", 1000), ("resnet44", "cifar10_calib.npz", 1000),
+        ("lenet5", "mnist_test.npz", 1000), ("mobilenet_v1_025", None, 32),
     ],
 )  # fmt: skip
-def test_no_output_of_the_file_differs(name, shape, count, bits, shared, nets, tmp_path):
-    """Simulation and file agree in every bit, hence in accuracy: on real pictures, where there are some of that size, or noise."""
-    x = torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))
-    if shape == (3, 32, 32):
-        x, _ = _pictures(shared, nets, name, "cifar10_calib.npz", count)
+def test_no_output_of_the_file_differs(name, file, count, bits, shared, nets, tmp_path):
+    """Simulation and file agree in every bit, hence in accuracy: on real pictures or, for one network, noise of their size."""
+    if file is None:
+        x = torch.randn(count, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    else:
+        x, _ = _pictures(shared, nets, name, file, count)
+    shape = tuple(x.shape[1:])
     qm = ptq.quantize(nets.load(name), bits, x[:64], input_shape=shape, rounding="nearest", ranges="minmax")
     proof = ptq.export(qm, "onnx_qdq", tmp_path / "m.onnx", images=x)
     assert proof["differing_outputs"] == 0 and proof["top1_agreement"] == 1.0 and proof["float_layers"] == []
