@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from onnx import TensorProto
 from ptq.exporters._onnx_builder import Builder
-from torch import Tensor, fx
+from torch import fx
 
-from ptq.quant.affine import QParams
+from ptq.quant.affine import QParams, along_axis
 from ptq.quant.fake_quant import integer_codes
 
 
@@ -29,6 +29,7 @@ def weight_of(b: Builder, node: fx.Node, transpose: bool = False) -> str:
     codes, q = held[0].cpu().numpy(), held[1]
     codes = codes.T if transpose else codes
     axis = 1 if transpose else 0
+    zero_points = along_axis(q.zero_point, codes.ndim, axis).cpu().numpy()
     width = b.profile.weight_width(q.spec)
     if width < 8:
         packed = b.packed(f"{path}.weight.int{width}", codes, width)
@@ -37,12 +38,12 @@ def weight_of(b: Builder, node: fx.Node, transpose: bool = False) -> str:
             zero = b.packed(f"{path}.weight.zero_point", q.zero_point.cpu().numpy(), width)
             return b.add("DequantizeLinear", [packed, scale, zero], f"{path}.weight", axis=axis)
         if q.zero_point.any():
-            packed = _difference(b, f"{path}.weight", packed, _along(q.zero_point, codes.ndim, axis), width)
+            packed = _difference(b, f"{path}.weight", packed, zero_points, width)
             q = _unshifted(q)
         stored = b.add("Cast", [packed], f"{path}.weight.codes", to=TensorProto.INT8)
     else:
         if q.spec.bits < 8:
-            codes, q = codes - _along(q.zero_point, codes.ndim, axis), _unshifted(q)
+            codes, q = codes - zero_points, _unshifted(q)
         stored = b.constant(f"{path}.weight.codes", codes.astype(np.int8))
     return _dequantize(b, stored, f"{path}.weight", q, np.int8, axis=axis)
 
@@ -51,11 +52,6 @@ def _difference(b: Builder, name: str, packed: str, zero: np.ndarray, width: int
     """Codes less their zero points, both stored with `width` bits, as int32."""
     stored = (packed, b.packed(f"{name}.offset", zero, width))
     return b.add("Sub", [b.add("Cast", [s], f"{s}.wide", to=TensorProto.INT32) for s in stored], f"{name}.difference")
-
-
-def _along(zero_point: Tensor, ndim: int, axis: int) -> np.ndarray:
-    """Zero points [C] shaped to be taken from codes."""
-    return zero_point.cpu().numpy().reshape([-1 if k == axis else 1 for k in range(ndim)])
 
 
 def _unshifted(q: QParams) -> QParams:

@@ -30,11 +30,16 @@ def beta(a: float, count: int, rng: torch.Generator) -> Tensor:
     return x / (x + y)
 
 
+def blend(x: Tensor, other: Tensor, a: float, rng: torch.Generator) -> Tensor:
+    """λ x_i + (1 - λ) other_i: images `[B, C, H, W]` in pairs, λ ~ Beta(a, a) per pair."""
+    w = beta(a, len(x), rng).to(x.device).view(-1, 1, 1, 1)
+    return w * x + (1 - w) * other
+
+
 def mix_up(x: Tensor, a: float, rng: torch.Generator) -> Tensor:
-    """λ x_i + (1 - λ) x_j: each image of `[B, C, H, W]` with another one of the batch, λ ~ Beta(a, a) per image.
+    """Each image of `[B, C, H, W]` blended with another one of the batch.
 
     Ref: Zhang et al., mixup, ICLR 2018; Haroush et al., The Knowledge Within, CVPR 2020, algorithm 2: inputs alone are mixed,
     targets are what the teacher makes of the mixture.
     """
-    w = beta(a, len(x), rng).to(x.device).view(-1, 1, 1, 1)
-    return w * x + (1 - w) * x.roll(1, 0)
+    return blend(x, x.roll(1, 0), a, rng)

@@ -162,6 +162,13 @@ def _model_options(p: argparse.ArgumentParser) -> None:
     )
 
 
+def _closing_options(p: argparse.ArgumentParser) -> None:
+    """Of commands that write a folder."""
+    p.add_argument("--force", action="store_true", help="overwrite an output folder of an earlier run")
+    p.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    p.add_argument("--json", action="store_true", help="print the closing figures as JSON on standard output")
+
+
 def _quantize_options(p: argparse.ArgumentParser) -> None:
     _model_options(p)
     p.add_argument("-o", "--output", type=Path, required=True, help="folder to write; appears whole or not at all")
@@ -211,9 +218,7 @@ def _quantize_options(p: argparse.ArgumentParser) -> None:
         metavar="MANIFEST",
         help="take every option not given here from an earlier run's manifest.json",
     )
-    p.add_argument("--force", action="store_true", help="overwrite an output folder of an earlier run")
-    p.add_argument("--quiet", action="store_true", help="print nothing but errors")
-    p.add_argument("--json", action="store_true", help="print the closing figures as JSON on standard output")
+    _closing_options(p)
 
 
 def _distill_options(p: argparse.ArgumentParser) -> None:
@@ -249,9 +254,7 @@ def _distill_options(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--rounding", help="of --then, as for quantize; default genie_m")
     p.add_argument("--target", default="onnx_qdq", help="as for quantize; default onnx_qdq, which is ort")
-    p.add_argument("--force", action="store_true", help="overwrite an output folder of an earlier run")
-    p.add_argument("--quiet", action="store_true", help="print nothing but errors")
-    p.add_argument("--json", action="store_true", help="print the closing figures as JSON on standard output")
+    _closing_options(p)
 
 
 def _inspect_options(p: argparse.ArgumentParser) -> None:
@@ -286,9 +289,7 @@ def _synthesize_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("-n", "--count", type=int, metavar="IMAGES", help="how many; default: as the effort says")
     _teacher_options(p)
     _image_options(p)
-    p.add_argument("--force", action="store_true", help="overwrite an output folder of an earlier run")
-    p.add_argument("--quiet", action="store_true", help="print nothing but errors")
-    p.add_argument("--json", action="store_true", help="print the closing figures as JSON on standard output")
+    _closing_options(p)
 
 
 def _similarity_options(p: argparse.ArgumentParser) -> None:

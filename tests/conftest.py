@@ -3,8 +3,11 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+
+from tests.zoo import build
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # one process a core: more threads would only wait for one another
@@ -24,6 +27,16 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"the trained networks and pictures are not there: no folder {folder}")
     return folder
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """A folder with `model.pt` and labelled pictures `val.npz`, made the working directory."""
+    monkeypatch.chdir(tmp_path)
+    torch.save(build("residual").state_dict(), "model.pt")
+    rng = np.random.default_rng(0)
+    np.savez("val.npz", x=rng.integers(0, 256, (20, 16, 16, 3), dtype=np.uint8), y=rng.integers(0, 10, 20))
+    return tmp_path
 
 
 @pytest.fixture(autouse=True)

@@ -3,30 +3,19 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import ptq
 from ptq.cli import main
 from ptq.contracts import Feedback
-from tests.zoo import ZOO, build
+from tests.zoo import ZOO
 
 FILE = Path(__file__).parent / "zoo.py"
 ARCH = f"{FILE}:Residual"
 SHORT = ["--epochs", "2", "--steps", "2", "--batch", "4"]
 TEACHER = ["--teacher", "model.pt", "--arch", ARCH, "--input-shape", "3,16,16", "--mean", "0.5", "--std", "0.25"]
 GENIE = ["--data", "genie:steps=2,count=8,batch_size=4"]
-
-
-@pytest.fixture
-def work(tmp_path, monkeypatch):
-    """A folder with `model.pt` and labelled pictures `val.npz`, made the working directory."""
-    monkeypatch.chdir(tmp_path)
-    torch.save(build("residual").state_dict(), "model.pt")
-    rng = np.random.default_rng(0)
-    np.savez("val.npz", x=rng.integers(0, 256, (20, 16, 16, 3), dtype=np.uint8), y=rng.integers(0, 10, 20))
-    return tmp_path
 
 
 @pytest.fixture

@@ -20,16 +20,6 @@ STATED = ("--mean", "0.5", "--std", "0.25")
 SOURCE = ("--data", "genie:steps=3,batch_size=4")
 
 
-@pytest.fixture
-def work(tmp_path, monkeypatch):
-    """A folder with `model.pt` and pictures `val.npz`, made the working directory."""
-    monkeypatch.chdir(tmp_path)
-    torch.save(build("residual").state_dict(), "model.pt")
-    rng = np.random.default_rng(0)
-    np.savez("val.npz", x=rng.integers(0, 256, (20, 16, 16, 3), dtype=np.uint8), y=rng.integers(0, 10, 20))
-    return tmp_path
-
-
 def synthesize(*extra: str, out: str = "images") -> int:
     return main(["synthesize", *BASE, *SOURCE, "-n", "6", "-o", out, *extra])
 

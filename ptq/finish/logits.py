@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ptq.augment import beta
+from ptq.augment import blend
 from ptq.contracts import Feedback, Presets, make_rng
 from ptq.errors import SpecError
 from ptq.graph.blocks import extract, input_value_node, split
@@ -126,8 +126,7 @@ class Logits:
                 group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / self.steps))
             x = images[torch.randint(len(images), (min(self.batch_size, len(images)),), generator=rng)].to(device)
             if self.mix > 0 and len(x) > 1:
-                w = beta(self.mix, len(x), rng).to(device).view(-1, 1, 1, 1)
-                x = w * x + (1 - w) * x.flip(0)
+                x = blend(x, x.flip(0), self.mix, rng)
             with torch.no_grad():
                 wanted = dict(zip(names, teacher_part(x)))
                 x = quantize_input(x)

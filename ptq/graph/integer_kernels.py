@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ptq.quant.affine import QParams, dequantize, quantize
+from ptq.quant.affine import QParams, along_axis, dequantize, quantize
 from ptq.quant.fake_quant import integer_codes
 
 _EXACT_IN_FLOAT32 = 2**24
@@ -55,7 +55,7 @@ class IntegerLayer(nn.Module):
         assert held is not None
         codes, q = held
         self.layer = layer
-        weight = (codes - q.zero_point.reshape(-1, *[1] * (codes.ndim - 1))).double()
+        weight = (codes - along_axis(q.zero_point, codes.ndim, q.spec.axis)).double()
         reach = float(weight.abs().flatten(1).sum(1).max()) * (source.spec.qmax - source.spec.qmin)
         # Sums of integers are exact in float32 up to 2^24, whatever their order; in float64 always.
         self.dtype = torch.float32 if reach < _EXACT_IN_FLOAT32 else torch.float64
