@@ -20,7 +20,8 @@ from ptq.errors import (
     SpecError,
 )
 from ptq.mixed_precision import BitSensitivity, bit_sensitivity
-from ptq.pipeline import export, quantize
+from ptq.pipeline import quantize
+from ptq.proof import export
 from ptq.similarity import Similarity
 from ptq.sources import Synthesis, data_similarity, synthesize
 from ptq.spec import BitConfig

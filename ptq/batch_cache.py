@@ -72,3 +72,8 @@ def open_cache(root: Path, models: tuple[fx.GraphModule, ...], settings: Mapping
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return BatchCache(Path(root) / digest.hexdigest()[:24])
+
+
+def digest_of(images: Tensor) -> str:
+    """A name that images share only with equal ones."""
+    return hashlib.sha256(images.contiguous().numpy().data).hexdigest()

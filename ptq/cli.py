@@ -18,7 +18,7 @@ from ptq.artifact import QuantizedModel, check_free, read_plan
 from ptq.cli_distill import run_distill
 from ptq.cli_images import further, run_similarity, run_synthesize, sized
 from ptq.cli_options import build_parser
-from ptq.cli_output import Again, close, where_from, write_network
+from ptq.cli_output import Again, close, forget_progress, progress_folder, where_from, write_network
 from ptq.cli_sensitivity import run_sensitivity
 from ptq.errors import ArtifactError, ExportError, PtqError, ReconstructionError, SpecError
 from ptq.evaluate import check_labels, onnx_runner, runner, top1
@@ -27,7 +27,8 @@ from ptq.graph.plan import make_plan
 from ptq.graph.trace import trace
 from ptq.loading import load_model
 from ptq.pictures import Fit, Pictures, open_pictures
-from ptq.pipeline import export, proof_images, quantize
+from ptq.pipeline import quantize
+from ptq.proof import export, proof_images
 from ptq.report import Section, plan_sections, print_sections
 from ptq.run import normalization
 from ptq.spec import BitConfig, Override, PlanRules
@@ -56,7 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"ptq: {' '.join(str(e).split())}", file=sys.stderr)
         return 1 if isinstance(e, ExportError | ReconstructionError) else 2
     except KeyboardInterrupt:
-        print("ptq: interrupted; nothing was written", file=sys.stderr)
+        print(
+            "ptq: interrupted; no output was written; a run that keeps its progress goes on by the same command",
+            file=sys.stderr,
+        )
         return 130
     except Exception as e:  # the last resort: one line for the user, the traceback on request
         if args.debug:
@@ -108,7 +112,8 @@ def _quantize(args: argparse.Namespace) -> int:
         "placement": args.placement, "ties": args.ties,
         "layers": args.layers, "repair": args.repair,
         "effort": args.effort, "target": target, "mean": args.mean, "std": args.std, "seed": args.seed,
-        "device": args.device, "cache": args.cache, "source": f"{args.model.name}" + (f" ({args.arch})" if args.arch else ""),
+        "device": args.device, "cache": progress_folder(args),
+        "source": f"{args.model.name}" + (f" ({args.arch})" if args.arch else ""),
     }  # fmt: skip
     pictures = _pictures(args)
     teachers = further(args)
@@ -130,6 +135,7 @@ def _quantize(args: argparse.Namespace) -> int:
     qm = replace(qm, manifest=replace(qm.manifest, recipe=qm.manifest.recipe | where_from(args.model, args.arch)))
     runs = _baselines(model, qm, args, common) if pictures is not None else {}
     qm, sections = write_network(qm, model, args.output, args.force, target, pictures, runs)
+    forget_progress(args)
     close(args, qm, sections, console)
     return 0
 

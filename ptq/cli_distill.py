@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import nn
 from ptq import plugins
 from ptq.artifact import MANIFEST, QuantizedModel, check_free, whole_folder
 from ptq.cli_images import further, sized
-from ptq.cli_output import Again, close, where_from, write_network
+from ptq.cli_output import Again, close, forget_progress, progress_folder, where_from, write_network
 from ptq.contracts import Feedback
 from ptq.distillation import Distilled, distill, distill_quantized
 from ptq.distilling.course import Course
@@ -22,8 +21,9 @@ from ptq.errors import SpecError
 from ptq.evaluate import runner
 from ptq.loading import fresh_model, load_model
 from ptq.pictures import Pictures
-from ptq.pipeline import quantize, read_bits
+from ptq.pipeline import quantize
 from ptq.report import Section, print_sections
+from ptq.request import read_bits
 from ptq.run import start_run
 from ptq.terminal import shown
 from ptq.training_setup import open_labelled
@@ -57,20 +57,10 @@ def _training(args: argparse.Namespace) -> str:
     return ",".join(filter(None, [args.training, *(f"{key}={v}" for key, v in single.items() if v is not None)]))
 
 
-def _progress(args: argparse.Namespace) -> Path:
-    """Where the state after every epoch is kept, unless --cache says where: beside the output, until that is there."""
-    return args.cache or args.output.with_name(f"{args.output.name}.progress")
-
-
-def _forget(args: argparse.Namespace) -> None:
-    if args.cache is None:
-        shutil.rmtree(_progress(args), ignore_errors=True)
-
-
 def _common(args: argparse.Namespace, feedback: Feedback) -> dict[str, Any]:
     return {
         "training": _training(args), "report_on": args.report_on, "effort": args.effort, "device": args.device,
-        "cache": _progress(args), "feedback": feedback,
+        "cache": progress_folder(args), "feedback": feedback,
     }  # fmt: skip
 
 
@@ -91,7 +81,7 @@ def _quantized(args: argparse.Namespace, console: Console) -> None:
     pictures = _labelled(args, qm)
     runs = {"float": runner(model, _CPU), "distilled": runner(qm.graph, _CPU)} if pictures is not None else {}
     qm, sections = write_network(qm, model, args.output, args.force, target, pictures, runs)
-    _forget(args)
+    forget_progress(args)
     close(args, qm, [*_course_sections(Course.from_json(qm.manifest.metrics["course"])), *sections], console)
 
 
@@ -167,7 +157,7 @@ def _write_student(
         with whole_folder(args.output, args.force) as folder:
             write_more(folder)
             (folder / MANIFEST).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        _forget(args)
+        forget_progress(args)
         _say(args, facts, sections, console)
         return
     origin = where_from(args.output / STUDENT, args.student_arch or args.arch)
@@ -177,7 +167,7 @@ def _write_student(
     floats = {"teacher": runner(model, _CPU), "student, float": runner(found.student, _CPU)}
     runs = {**floats, "student": runner(qm.graph, _CPU)} if pictures is not None else {}
     qm, tables = write_network(qm, found.student, args.output, args.force, target, pictures, runs, write_more)
-    _forget(args)
+    forget_progress(args)
     close(args, qm, [*sections, *tables], console)
 
 

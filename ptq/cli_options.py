@@ -97,7 +97,7 @@ def _image_options(p: argparse.ArgumentParser) -> None:
         "--cache",
         type=Path,
         metavar="FOLDER",
-        help="keep finished batches of images there: a run goes on where it stopped",
+        help="keep finished batches and blocks there: a run goes on where it stopped, and none is made again",
     )
 
 

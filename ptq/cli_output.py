@@ -17,7 +17,7 @@ from ptq.contracts import CalibrationContext, Exporter, Presets
 from ptq.errors import ExportError
 from ptq.evaluate import Runner, onnx_runner, top1
 from ptq.pictures import Pictures
-from ptq.pipeline import proof_images
+from ptq.proof import proof_images
 from ptq.report import Section, markdown, print_sections, run_sections
 
 
@@ -41,6 +41,17 @@ class Again:
 def where_from(model: Path, arch: str | None) -> dict[str, Any]:
     """What a recipe says of the float network's file, as it was named; `ptq distill` looks there for the teacher."""
     return {"model": str(model), "arch": arch}
+
+
+def progress_folder(args: argparse.Namespace) -> Path:
+    """Where what is done so far is kept, unless --cache says where: beside the output, until that is there."""
+    return args.cache or args.output.with_name(f"{args.output.name}.progress")
+
+
+def forget_progress(args: argparse.Namespace) -> None:
+    """Removes it, once the output is there; a folder that the user named stays."""
+    if args.cache is None:
+        shutil.rmtree(progress_folder(args), ignore_errors=True)
 
 
 def write_network(

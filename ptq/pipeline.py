@@ -1,7 +1,8 @@
-"""`quantize`: the whole run, as ten lines; the only place where strings become objects."""
+"""`quantize`: the whole run, a line a stage."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +12,24 @@ from torch import Tensor, fx, nn
 from ptq import plugins
 from ptq.activation_ranges import activation_ranges
 from ptq.artifact import Manifest, QuantizedModel, read_plan, value_ranges, versions
-from ptq.contracts import Exporter, Feedback, Finisher, Reconstructor, hold_back, make_rng
+from ptq.batch_cache import BatchCache, digest_of, open_cache
+from ptq.contracts import Exporter, Feedback, Finisher, Reconstructor, hold_back
 from ptq.distillation import distill_graph, prepare_distillation
-from ptq.errors import ExportError, ModelError, SpecError
+from ptq.errors import ModelError, SpecError
 from ptq.evaluate import agreement, outputs, runner, sqnr_db
 from ptq.graph.channel_means import expected_means
 from ptq.graph.equalize import equalize
 from ptq.graph.fold_bn import fold_batch_norm, fold_error, give_biases, unfolded
 from ptq.graph.insert import insert_fake_quant
 from ptq.graph.observe import weight_params
-from ptq.graph.ops import input_node
 from ptq.graph.plan import QuantPlan, make_plan
 from ptq.mixed_precision import check_budget, plan_within
-from ptq.quant.ranges import estimators
-from ptq.reconstruct._loop import reconstruct_blocks
+from ptq.reconstruct._loop import BlockReport, reconstruct_blocks
 from ptq.reconstruct._repair import mend
+from ptq.request import Request, resolve
 from ptq.run import Run, floats, start_run
-from ptq.sources import Data, build_source, describe_data, gather, settle_source, trace_all
-from ptq.spec import PRECISIONS, BitConfig, Budget, Override, PlanRules, Repair
+from ptq.sources import Data, describe_data, gather, settle_source, trace_all
+from ptq.spec import BitConfig, Budget, Override, Repair
 from ptq.training import Training
 
 _FOLD_TOLERANCE = 1e-5  # relative; folding in float64 costs one rounding of each weight
@@ -107,95 +108,119 @@ def quantize(
         SpecError, PluginError, ModelError, CalibrationError, ExportError, ReconstructionError: a bad argument, before any
             work is spent, or a network that cannot be served; the message says what to do.
     """
-    if precision not in PRECISIONS:
-        raise SpecError(f"precision {precision!r} asked for; known: {', '.join(PRECISIONS)}")
-    images_from, (method, finisher, exporter) = build_source(data, effort), _plugins(rounding, finish, target, effort)
-    placed = _asked({"placement": placement, "ties": ties}, exporter)
-    rules = PlanRules(edges, adds, weights, activations, scales, tuple(map(_override, layers)), **placed)
-    if plan is not None and rules.overrides:
-        raise SpecError(f"a plan and {rules.overrides[0]} given; a plan says every width already")
-    wanted = None if plan is not None else read_bits(bits)
-    estimates, mends = estimators(ranges), Repair.parse(repair) if isinstance(repair, str) else repair
-    memory, run = _bytes(cache_memory), start_run(input_shape, device, seed, mean, std, feedback, cache)
-    common: dict[str, Any] = {"device": run.device, "feedback": replace(run.feedback, note=run.note)}
-    networks, folded = run.timed("trace", _prepare, model, teachers, run, mends)
-    teacher, planned = networks[0], _planned(folded, wanted, rules, plan)
-    if exporter is not None:
-        exporter.check(folded, planned)
-    images_from = settle_source(images_from, networks, run, effort)
-    trainer, how = (None, None) if distill is None else prepare_distillation(distill, data, images_from, effort)
-    method, finisher = _suited(method, finisher, images_from, mends, wanted, run)
-    images = run.timed("calibration images", gather, images_from, networks, run)
-    metrics: dict[str, Any] = {"fold_error": _check_fold(teacher, folded, images, run)}
-    reference, folded, expected = _equalized(teacher, folded, images, mends, run)
-    if isinstance(wanted, Budget):
-        planned = run.timed(
-            "bit widths", plan_within, folded, wanted, rules, images[:256], estimates[0], seed=seed, **common
-        )
-        if exporter is not None:
-            exporter.check(folded, planned)
-    acts = run.timed("ranges", activation_ranges, reference, folded, planned, images, estimates, images_from, run)
-    grids = weight_params(folded, planned, estimates[0], acts)
-    student, folded = insert_fake_quant(folded, planned, acts, grids).to(run.device), folded.to(run.device)
-    seen, held = (images, images[:0]) if finisher is None else hold_back(images, finisher.held_out, seed)
-    graph, blocks = run.timed(
-        "reconstruction", reconstruct_blocks, reference, student, seen, method, seed=seed, memory=memory,
-        precision=precision, **common,
+    asked = resolve(
+        bits, data, rounding, finish, repair, ranges, target, plan, cache_memory, precision, effort,
+        {"edges": edges, "adds": adds, "weights": weights, "activations": activations, "scales": scales}, layers,
+        {"placement": placement, "ties": ties},
     )  # fmt: skip
-    if mends.bias != "none":
-        graph = run.timed("repair", mend, folded, graph, seen, mends, expected, memory=memory, **common)
-    if finisher is not None:
-        graph, figures = run.timed("joint pass", finisher.finish, folded, graph, seen, held, seed=seed, **common)
-        metrics |= figures
+    run = start_run(input_shape, device, seed, mean, std, feedback, cache)
+    networks, folded = run.timed("trace", _prepare, model, teachers, run, asked.mends)
+    planned = _planned(folded, asked)
+    images_from = settle_source(asked.data, networks, run, effort)
+    trainer, how = (None, None) if distill is None else prepare_distillation(distill, data, images_from, effort)
+    asked = _suited(asked, images_from, run)
+    images = run.timed("calibration images", gather, images_from, networks, run)
+    metrics: dict[str, Any] = {"fold_error": _check_fold(networks[0], folded, images, run)}
+    reference, folded, expected = _equalized(networks[0], folded, images, asked.mends, run)
+    planned = _within_budget(folded, planned, asked, images, run)
+    student = _fake_quantized(reference, folded, planned, asked, images, images_from, run)
+    folded = folded.to(run.device)
+    graph, blocks, figures = _rounded(reference, folded, student, planned, asked, images, expected, run)
+    metrics |= figures
     if how is not None:
         graph, course, _ = run.timed("distillation", distill_graph, graph, folded, networks, trainer, images, how, run)
         metrics["course"] = course.to_json()
-    metrics |= run.timed("comparison", _compare, teacher, student, graph, images, run)
-    asked = "plan" if wanted is None else str(wanted)
-    recipe = {
-        "bits": asked, "data": describe_data(images_from), "rounding": plugins.describe(method), "ranges": ranges,
-        "edges": edges, "adds": adds, "weights": weights, "activations": activations, "scales": scales,
-        "placement": rules.placement, "ties": rules.ties, "layers": [str(o) for o in rules.overrides], "repair": str(mends),
-        "finish": None if finisher is None else plugins.describe(finisher),
-        "distill": None if how is None else plugins.describe_options(how),
-        "precision": precision, "seed": seed, "device": str(device), "further_teachers": len(teachers),
+    metrics |= run.timed("comparison", _compare, networks[0], student, graph, images, run)
+    recipe = asked.recipe() | {
+        "data": describe_data(images_from), "distill": None if how is None else plugins.describe_options(how),
+        "seed": seed, "device": str(device), "further_teachers": len(teachers),
     }  # fmt: skip
     manifest = Manifest(
-        source, run.shape, floats(run.mean), floats(run.std), asked, recipe, versions(), value_ranges(graph),
+        source, run.shape, floats(run.mean), floats(run.std), recipe["bits"], recipe, versions(), value_ranges(graph),
         [{**asdict(b), "layers": list(b.layers)} for b in blocks], metrics, run.seconds, run.notes,
     )  # fmt: skip
     return QuantizedModel(graph.to("cpu"), planned, manifest, images)
 
 
-def _asked(given: dict[str, str], exporter: Exporter | None) -> dict[str, Any]:
-    """Settings of `PlanRules`, those that are "auto" as the target wants them, or by default."""
-    wanted = {} if exporter is None else exporter.rules
-    return {k: wanted[k] if v == "auto" else v for k, v in given.items() if v != "auto" or k in wanted}
+def _common(run: Run) -> dict[str, Any]:
+    """What every stage after the images takes."""
+    return {"seed": run.seed, "device": run.device, "feedback": replace(run.feedback, note=run.note)}
 
 
-def read_bits(bits: str | BitConfig | Budget) -> BitConfig | Budget:
-    """Widths or a budget, from text where it is text.
+def _planned(folded: fx.GraphModule, asked: Request) -> QuantPlan:
+    """The plan: as given, or by the rules. Of a budget, with all widths at 8 bits until there are images to choose by."""
+    if isinstance(asked.wanted, Budget):
+        check_budget(folded, asked.wanted, asked.rules)
+        planned = make_plan(folded, BitConfig(8, asked.wanted.act), asked.rules)
+    elif asked.wanted is not None:
+        planned = make_plan(folded, asked.wanted, asked.rules)
+    else:
+        assert asked.plan is not None
+        planned = asked.plan if isinstance(asked.plan, QuantPlan) else read_plan(Path(asked.plan))
+        planned.check(folded)
+    if asked.exporter is not None:
+        asked.exporter.check(folded, planned)
+    return planned
 
-    Raises:
-        SpecError: the text is neither.
-    """
-    if not isinstance(bits, str):
-        return bits
-    return Budget.parse(bits) if bits.strip().lower().startswith("auto") else BitConfig.parse(bits)
 
-
-def _override(given: str | Override) -> Override:
-    return Override.parse(given) if isinstance(given, str) else given
-
-
-def _plugins(
-    rounding: str | Reconstructor, finish: str | Finisher | None, target: str | Exporter | None, effort: str
-) -> tuple[Reconstructor, Finisher | None, Exporter | None]:
-    return (
-        plugins.build("reconstructors", rounding, effort) if isinstance(rounding, str) else rounding,
-        plugins.build("finishers", finish, effort) if isinstance(finish, str) else finish,
-        plugins.build("exporters", target) if isinstance(target, str) else target,
+def _within_budget(folded: fx.GraphModule, planned: QuantPlan, asked: Request, images: Tensor, run: Run) -> QuantPlan:
+    """The plan with the widths that meet a budget, where one was given."""
+    if not isinstance(asked.wanted, Budget):
+        return planned
+    planned = run.timed(
+        "bit widths", plan_within, folded, asked.wanted, asked.rules, images[:256], asked.estimates[0], **_common(run)
     )
+    if asked.exporter is not None:
+        asked.exporter.check(folded, planned)
+    return planned
+
+
+def _fake_quantized(
+    reference: fx.GraphModule, folded: fx.GraphModule, planned: QuantPlan, asked: Request, images: Tensor, images_from: Any,
+    run: Run,
+) -> fx.GraphModule:  # fmt: skip
+    """The network with ranges settled and every grid in place, rounding to nearest."""
+    acts = run.timed("ranges", activation_ranges, reference, folded, planned, images, asked.estimates, images_from, run)
+    grids = weight_params(folded, planned, asked.estimates[0], acts)
+    return insert_fake_quant(folded, planned, acts, grids).to(run.device)
+
+
+def _rounded(
+    reference: fx.GraphModule, folded: fx.GraphModule, student: fx.GraphModule, planned: QuantPlan, asked: Request,
+    images: Tensor, expected: dict[str, Tensor], run: Run,
+) -> tuple[fx.GraphModule, list[BlockReport], dict[str, Any]]:  # fmt: skip
+    """The network on integers: blocks fitted, biases repaired, the joint pass taken, as asked; with its figures."""
+    seen, held = images, images[:0]
+    if asked.finisher is not None:
+        seen, held = hold_back(images, asked.finisher.held_out, run.seed)
+    kept = _kept_blocks(reference, student, planned, asked, seen, run)
+    graph, blocks = run.timed(
+        "reconstruction", reconstruct_blocks, reference, student, seen, asked.method, memory=asked.memory,
+        precision=asked.precision, cache=kept, **_common(run),
+    )  # fmt: skip
+    if asked.mends.bias != "none":
+        feedback = replace(run.feedback, note=run.note)
+        graph = run.timed(
+            "repair", mend, folded, graph, seen, asked.mends, expected, device=run.device, feedback=feedback,
+            memory=asked.memory,
+        )  # fmt: skip
+    if asked.finisher is None:
+        return graph, blocks, {}
+    graph, figures = run.timed("joint pass", asked.finisher.finish, folded, graph, seen, held, **_common(run))
+    return graph, blocks, figures
+
+
+def _kept_blocks(
+    reference: fx.GraphModule, student: fx.GraphModule, planned: QuantPlan, asked: Request, images: Tensor, run: Run
+) -> BatchCache | None:
+    """Where finished blocks are kept; its name covers all that they depend on."""
+    if run.cache is None or not asked.method.steps:
+        return None
+    told = {
+        "rounding": plugins.describe(asked.method), "precision": asked.precision, "seed": run.seed, "device": run.device.type,
+        "plan": planned.to_json(), "images": digest_of(images), "ptq": version("ptq"),
+    }  # fmt: skip
+    return open_cache(run.cache, (reference, student), told).within("blocks")
 
 
 def _prepare(
@@ -207,29 +232,6 @@ def _prepare(
     if left:
         run.note(f"{len(left)} BatchNorm without a layer before it stay float: {', '.join(left[:5])}")
     return networks, folded if mends.bias == "none" else give_biases(folded)
-
-
-def _bytes(gigabytes: float | None) -> int | None:
-    if gigabytes is None:
-        return None
-    if not 0 <= gigabytes < 1e9:  # NaN too
-        raise SpecError(f"cache memory of {gigabytes} GB asked for; give gigabytes, 0 or more")
-    return int(gigabytes * 1e9)
-
-
-def _planned(
-    folded: fx.GraphModule, wanted: BitConfig | Budget | None, rules: PlanRules, given: QuantPlan | str | Path | None
-) -> QuantPlan:
-    """The plan: as given, or by the rules. Of a budget, with all widths at 8 bits until there are images to choose by."""
-    if isinstance(wanted, Budget):
-        check_budget(folded, wanted, rules)
-        return make_plan(folded, BitConfig(8, wanted.act), rules)
-    if wanted is not None:
-        return make_plan(folded, wanted, rules)
-    assert given is not None
-    plan = given if isinstance(given, QuantPlan) else read_plan(Path(given))
-    plan.check(folded)
-    return plan
 
 
 def _equalized(
@@ -256,24 +258,23 @@ def _check_fold(teacher: fx.GraphModule, folded: fx.GraphModule, images: Tensor,
     return error
 
 
-def _suited(
-    method: Reconstructor, finisher: Finisher | None, images_from: Any, mends: Repair, wanted: Any, run: Run
-) -> tuple[Reconstructor, Finisher | None]:
-    """Rounding and joint pass, or nearest and none where the images do not suit the network's own statistics.
+def _suited(asked: Request, images_from: Any, run: Run) -> Request:
+    """The request; without rounding and joint pass where the images do not suit the network's own statistics.
 
     Raises:
         SpecError: they do not, and more is asked for that would look at them.
     """
     if getattr(images_from, "teacher_bn", "running") == "running":
-        return method, finisher
-    if mends.equalize or mends.bias == "images" or isinstance(wanted, Budget):
-        what = f"repair {mends}" if str(mends) != "none" else str(wanted)
+        return asked
+    if asked.mends.equalize or asked.mends.bias == "images" or isinstance(asked.wanted, Budget):
+        what = f"repair {asked.mends}" if str(asked.mends) != "none" else str(asked.wanted)
         raise SpecError(
             f"{what} looks at the network's own statistics; these images are for those of the batch; take other images"
         )
-    if method.steps or finisher:
+    if asked.method.steps or asked.finisher:
         run.note("images for BatchNorms on batch statistics give ranges only; rounding is to nearest")
-    return (plugins.build("reconstructors", "nearest") if method.steps else method), None
+    method = plugins.build("reconstructors", "nearest") if asked.method.steps else asked.method
+    return replace(asked, method=method, finisher=None)
 
 
 def _compare(
@@ -288,48 +289,3 @@ def _compare(
         "agreement": agreement(real, ours), "agreement_nearest": agreement(real, nearest),
         "sqnr_db": sqnr_db(real, ours), "sqnr_db_nearest": sqnr_db(real, nearest), "calibration_images": len(images),
     }  # fmt: skip
-
-
-def export(qm: QuantizedModel, target: str | Exporter, path: Any, *, images: Tensor | None = None) -> dict[str, Any]:
-    """Writes `qm` for a target and proves that the file computes what `qm.graph` does.
-
-    Args:
-        qm: a quantized network.
-        target: an exporter by name, "onnx_qdq", or an object.
-        path: the file to write; it appears once it is verified or, where it fails, not at all.
-        images: `[N, C, H, W]` to verify with; default: up to 512 of the calibration images, or noise for a loaded network.
-
-    Returns:
-        The figures of the comparison (see `exporters/_parity.py`).
-
-    Raises:
-        ExportError: the network cannot be written for the target, or the file does not compute what was simulated.
-    """
-
-    exporter = plugins.build("exporters", target) if isinstance(target, str) else target
-    path = Path(path)
-    exporter.check(qm.student, qm.plan)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        exporter.export(qm, partial)
-        proof = exporter.verify(qm, partial, proof_images(qm) if images is None else images)
-        if not proof["passed"]:
-            raise ExportError(f"the exported network does not compute what was simulated: {proof['failure']}")
-        partial.replace(path)
-    except OSError as e:
-        raise ExportError(f"{path} cannot be written: {e}") from e
-    finally:
-        partial.unlink(missing_ok=True)
-    return proof
-
-
-def proof_images(qm: QuantizedModel) -> Tensor:
-    """Images to verify an exported file with: calibration images, or noise over the input's grid for a loaded network."""
-    if qm.images is not None:
-        return qm.images[:512]
-    name = input_node(qm.student).name
-    ends = qm.manifest.ranges.get(name, {"min": -2.0, "max": 2.0})
-    rng = make_rng(0, "proof")
-    noise = torch.rand(128, *qm.manifest.input_shape, generator=rng)
-    return ends["min"] + (ends["max"] - ends["min"]) * noise

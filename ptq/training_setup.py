@@ -1,7 +1,6 @@
 """How a training is put together: its options, where images come from, what is kept and what is told."""
 
 import copy
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from ptq import plugins
 from ptq.artifact import QuantizedModel
-from ptq.batch_cache import BatchCache, open_cache
+from ptq.batch_cache import BatchCache, digest_of, open_cache
 from ptq.contracts import Carry, Feedback, make_rng
 from ptq.distilling.feed import Feed, FromPool, FromSet, FromStream, Source
 from ptq.distilling.loop import Forward
@@ -126,7 +125,7 @@ def kept_state(
     if images is None:
         told |= settings(source, run)
     else:
-        told["images"] = hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
+        told["images"] = digest_of(images)
     return open_cache(run.cache, networks, told).within("training")
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ptq.cli import main
+from ptq.reconstruct import _loop
 from tests.zoo import build
 
 ARCH = f"{Path(__file__).parent / 'zoo.py'}:Residual"
@@ -177,13 +178,21 @@ def _spoil(verify):
     return lambda *args: verify(*args) | {"passed": False, "failure": "spoilt"}
 
 
-def test_interrupted_run_leaves_nothing(work, capsys, monkeypatch):
+def test_interrupted_run_leaves_no_output_and_goes_on(work, capsys, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ptq.exporters.onnx_qdq.OnnxQdq.export", interrupt)
-    assert quantize("--quiet") == 130
-    assert sorted(p.name for p in work.iterdir()) == ["model.pt", "val.npz"]
+    with monkeypatch.context() as patched:
+        patched.setattr("ptq.exporters.onnx_qdq.OnnxQdq.export", interrupt)
+        assert quantize("--quiet") == 130
+    assert sorted(p.name for p in work.iterdir()) == ["model.pt", "out.progress", "val.npz"]
+    trained = []
+    step = _loop._step
+    monkeypatch.setattr(_loop, "_step", lambda *args: trained.append(1) or step(*args))
+    assert quantize("--quiet") == 0 and not trained, "every block was there"
+    assert sorted(p.name for p in work.iterdir()) == ["model.pt", "out", "val.npz"]
+    assert quantize("--quiet", out="anew") == 0 and trained
+    assert Path("out/model.onnx").read_bytes() == Path("anew/model.onnx").read_bytes()
 
 
 def test_module_runs_as_a_program():

@@ -20,7 +20,7 @@ LAYERS = {
     "ptq.cli_distill": 6, "ptq.cli_output": 6,
     "ptq.pipeline": 5, "ptq.distillation": 5, "ptq.training_setup": 5, "ptq.sources": 5, "ptq.plugins": 5,
     "ptq.run": 5, "ptq.report": 5, "ptq.terminal": 5, "ptq.gallery": 5, "ptq.demo": 5, "ptq.activation_ranges": 5,
-    "ptq.sensitivity": 5, "ptq.mixed_precision": 5,
+    "ptq.sensitivity": 5, "ptq.mixed_precision": 5, "ptq.proof": 5, "ptq.request": 5,
     "ptq.distilling": 4, "ptq.evaluate": 4, "ptq.similarity": 4, "ptq.vectors": 4, "ptq.reconstruct": 4,
     "ptq.finish": 4, "ptq.calibrators": 4, "ptq.exporters": 4,
     "ptq.contracts": 3, "ptq.training": 3, "ptq.augment": 3, "ptq.batch_cache": 3, "ptq.artifact": 3,

@@ -9,11 +9,12 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, fx
 
+from ptq.batch_cache import BatchCache
 from ptq.contracts import Feedback, Reconstructor, make_rng
 from ptq.graph.blocks import Block, extract, input_value_node, split
 from ptq.graph.insert import round_bias
@@ -27,6 +28,7 @@ from ptq.quant.fake_quant import (
     weight_grid,
 )
 from ptq.reconstruct._capture import Capture, Space, compare_all, outputs_of, picked, quantized_input, run_all, stored
+from ptq.reconstruct._checkpoint import keep, restore
 from ptq.reconstruct._fisher import fisher_weights
 from ptq.reconstruct._precision import in_bfloat16, pays
 from ptq.reconstruct._soft_round import SoftRound
@@ -53,7 +55,7 @@ class BlockReport:
 def reconstruct_blocks(
     teacher: fx.GraphModule, student: fx.GraphModule, images: Tensor, method: Reconstructor,
     *, seed: int, device: torch.device, feedback: Feedback, memory: int | None = None,
-    precision: str = "auto",
+    precision: str = "auto", cache: BatchCache | None = None,
 ) -> tuple[fx.GraphModule, list[BlockReport]]:  # fmt: skip
     """A copy of `student` with every weight hardened to integer codes, and a report per block.
 
@@ -63,21 +65,23 @@ def reconstruct_blocks(
         method: the rounding method. seed: of every random choice. device: where blocks are trained.
         memory: bytes of host memory for what blocks see, the rest goes to disk; default: a quarter of what is free.
         precision: of the layers' sums of products in training, of `ptq.spec.PRECISIONS`.
+        cache: keeps finished blocks; those that are there are not trained again. Its name must cover all other arguments.
 
     Raises:
         ReconstructionError: neither memory nor disk hold what a block sees, or the method does not suit the network.
+        CalibrationError: the cache cannot be written.
     """
     student, space = copy.deepcopy(student), Space(memory)
     try:
         half = pays(precision, device)
-        return student, list(_blocks(teacher, student, images, method, seed, device, feedback, space, half))
+        return student, list(_blocks(teacher, student, images, method, seed, device, feedback, space, half, cache))
     finally:
         space.close()
 
 
 def _blocks(
     teacher: fx.GraphModule, student: fx.GraphModule, images: Tensor, method: Reconstructor, seed: int,
-    device: torch.device, feedback: Feedback, space: Space, half: bool,
+    device: torch.device, feedback: Feedback, space: Space, half: bool, cache: BatchCache | None,
 ) -> Iterator[BlockReport]:  # fmt: skip
     blocks = split(student, method.unit)
     stem = input_value_node(student)
@@ -88,17 +92,19 @@ def _blocks(
     for k, block in enumerate(blocks):
         start = time.perf_counter()
         job = _Job(teacher, student, block, teacher_values, student_values, device, space, half)
-        if method.needs_fisher and method.steps:
-            rng = make_rng(seed, f"fisher/{block.name}")
-            job.fisher = fisher_weights(teacher, block, images, rng, device, space)
-        kept = _fit(job, method, seed, feedback, (k, len(blocks)))
-        for weights in job.fisher or []:
-            space.free(weights)
+        found = restore(cache, k, student, block) if method.steps else None
+        kept = "" if found else _fit(job, method, seed, feedback, (k, len(blocks)), images)
         _harden(student, block)
         outputs = run_all(extract(student, block.inputs, block.outputs), job.student_in, device, space)
-        error, sqnr = compare_all(stored(outputs), job.targets)
-        seconds = round(time.perf_counter() - start, 3)
-        yield BlockReport(block.name, block.layers, job.nearest_error, error, kept, sqnr, seconds)
+        if found:
+            report = BlockReport(**found)
+            feedback.progress("reconstruction", (k + 1) * method.steps, len(blocks) * method.steps)
+        else:
+            error, sqnr = compare_all(stored(outputs), job.targets)
+            seconds = round(time.perf_counter() - start, 3)
+            report = BlockReport(block.name, block.layers, job.nearest_error, error, kept, sqnr, seconds)
+            keep(cache if method.steps else None, k, student, block, asdict(report))
+        yield report
         still_read = {name for later in blocks[k + 1 :] for name in later.inputs}
         teacher_values.store(block, job.targets)
         student_values.store(block, outputs)
@@ -114,14 +120,15 @@ class _Job:
         self, teacher: fx.GraphModule, student: fx.GraphModule, block: Block,
         teacher_values: Capture, student_values: Capture, device: torch.device, space: Space, half: bool,
     ) -> None:  # fmt: skip
-        self.block, self.device, self.student, self.half = block, device, student, half
+        self.block, self.device, self.teacher, self.student = block, device, teacher, student
+        self.space, self.half = space, half
         self.teacher_in, self.student_in = teacher_values.inputs(block), student_values.inputs(block)
         self.targets = run_all(extract(teacher, block.inputs, block.outputs), self.teacher_in, device, space)
         self.fisher: list[Tensor] | None = None
         self.module = extract(student, block.inputs, block.outputs)
         layers = [student.get_submodule(path) for path in block.layers]
         self.layers = [layer for layer in layers if weight_grid(layer) is not None]  # the others stay float
-        self.nearest_error = self.error()
+        self.nearest_error = math.inf
 
     def error(self) -> float:
         """The block's error with biases on the accumulator's grid, as they will be; afterwards they are float again."""
@@ -134,10 +141,23 @@ class _Job:
         return error
 
 
-def _fit(job: _Job, method: Reconstructor, seed: int, feedback: Feedback, place: tuple[int, int]) -> str:
+def _fit(
+    job: _Job, method: Reconstructor, seed: int, feedback: Feedback, place: tuple[int, int], images: Tensor
+) -> str:
     """Trains the block's rounding; puts nearest rounding back where that was better. Says which was kept."""
+    job.nearest_error = job.error()
     if method.steps == 0:
         return "nearest"
+    if method.needs_fisher:
+        rng = make_rng(seed, f"fisher/{job.block.name}")
+        job.fisher = fisher_weights(job.teacher, job.block, images, rng, job.device, job.space)
+    kept = _trained(job, method, seed, feedback, place)
+    for weights in job.fisher or []:
+        job.space.free(weights)
+    return kept
+
+
+def _trained(job: _Job, method: Reconstructor, seed: int, feedback: Feedback, place: tuple[int, int]) -> str:
     quantizers = [m for m in job.module.modules() if isinstance(m, ActFakeQuant)]
     scales = [m.scale.detach().clone() for m in quantizers]
     nearest = [integer_codes(layer, "weight") for layer in job.layers]

@@ -1,0 +1,58 @@
+"""`export`: a quantized network as a file, proved to compute what was simulated before it appears."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptq import plugins
+from ptq.artifact import QuantizedModel
+from ptq.contracts import Exporter, make_rng
+from ptq.errors import ExportError
+from ptq.graph.ops import input_node
+
+
+def export(qm: QuantizedModel, target: str | Exporter, path: Any, *, images: Tensor | None = None) -> dict[str, Any]:
+    """Writes `qm` for a target and proves that the file computes what `qm.graph` does.
+
+    Args:
+        qm: a quantized network.
+        target: an exporter by name, "onnx_qdq", or an object.
+        path: the file to write; it appears once it is verified or, where it fails, not at all.
+        images: `[N, C, H, W]` to verify with; default: up to 512 of the calibration images, or noise for a loaded network.
+
+    Returns:
+        The figures of the comparison (see `exporters/_parity.py`).
+
+    Raises:
+        ExportError: the network cannot be written for the target, or the file does not compute what was simulated.
+    """
+
+    exporter = plugins.build("exporters", target) if isinstance(target, str) else target
+    path = Path(path)
+    exporter.check(qm.student, qm.plan)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        exporter.export(qm, partial)
+        proof = exporter.verify(qm, partial, proof_images(qm) if images is None else images)
+        if not proof["passed"]:
+            raise ExportError(f"the exported network does not compute what was simulated: {proof['failure']}")
+        partial.replace(path)
+    except OSError as e:
+        raise ExportError(f"{path} cannot be written: {e}") from e
+    finally:
+        partial.unlink(missing_ok=True)
+    return proof
+
+
+def proof_images(qm: QuantizedModel) -> Tensor:
+    """Images to verify an exported file with: calibration images, or noise over the input's grid for a loaded network."""
+    if qm.images is not None:
+        return qm.images[:512]
+    name = input_node(qm.student).name
+    ends = qm.manifest.ranges.get(name, {"min": -2.0, "max": 2.0})
+    rng = make_rng(0, "proof")
+    noise = torch.rand(128, *qm.manifest.input_shape, generator=rng)
+    return ends["min"] + (ends["max"] - ends["min"]) * noise
