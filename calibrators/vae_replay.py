@@ -111,8 +111,8 @@ class _Run:
         self.space: Space = pixel_space(ctx)
         self.generator = seeded(lambda: ConvGenerator(ctx.input_shape, o.latent), ctx.rng).to(ctx.device)
         self.memory = seeded(lambda: Memory(ctx.input_shape, o.memory_latent), ctx.rng).to(ctx.device)
-        self.adam = torch.optim.Adam(self.generator.parameters(), lr=o.lr)
-        self.adam_memory = torch.optim.Adam(self.memory.parameters(), lr=o.lr_memory)
+        self.adam = torch.optim.Adam(self.generator.parameters(), lr=o.lr, fused=True)
+        self.adam_memory = torch.optim.Adam(self.memory.parameters(), lr=o.lr_memory, fused=True)
         self.teacher = teachers(ctx)
         self.parts: dict[str, Any] = {
             "generator": self.generator, "memory": self.memory, "adam": self.adam, "adam_memory": self.adam_memory,

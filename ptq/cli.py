@@ -20,6 +20,7 @@ from ptq.cli_images import further, run_similarity, run_synthesize, sized
 from ptq.cli_options import build_parser
 from ptq.cli_output import Again, close, forget_progress, progress_folder, where_from, write_network
 from ptq.cli_sensitivity import run_sensitivity
+from ptq.distilling.course import Course
 from ptq.errors import ArtifactError, ExportError, PtqError, ReconstructionError, SpecError
 from ptq.evaluate import check_labels, onnx_runner, runner, top1
 from ptq.graph.fold_bn import fold_batch_norm
@@ -29,7 +30,7 @@ from ptq.loading import load_model
 from ptq.pictures import Fit, Pictures, open_pictures
 from ptq.pipeline import quantize
 from ptq.proof import export, proof_images
-from ptq.report import Section, plan_sections, print_sections
+from ptq.report import Section, course_sections, plan_sections, print_sections
 from ptq.run import normalization
 from ptq.spec import BitConfig, Override, PlanRules
 from ptq.terminal import shown
@@ -125,6 +126,7 @@ def _quantize(args: argparse.Namespace) -> int:
             rounding=args.rounding,
             finish=args.finish,
             distill=args.distill,
+            report_on=args.report_on,
             plan=args.plan,
             cache_memory=args.cache_memory,
             precision=args.precision,
@@ -136,7 +138,8 @@ def _quantize(args: argparse.Namespace) -> int:
     runs = _baselines(model, qm, args, common) if pictures is not None else {}
     qm, sections = write_network(qm, model, args.output, args.force, target, pictures, runs)
     forget_progress(args)
-    close(args, qm, sections, console)
+    course = qm.manifest.metrics.get("course")
+    close(args, qm, [*(course_sections(Course.from_json(course)) if course else []), *sections], console)
     return 0
 
 

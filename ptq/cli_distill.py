@@ -22,7 +22,7 @@ from ptq.evaluate import runner
 from ptq.loading import fresh_model, load_model
 from ptq.pictures import Pictures
 from ptq.pipeline import quantize
-from ptq.report import Section, print_sections
+from ptq.report import Section, course_sections, print_sections
 from ptq.request import read_bits
 from ptq.run import start_run
 from ptq.terminal import shown
@@ -82,7 +82,7 @@ def _quantized(args: argparse.Namespace, console: Console) -> None:
     runs = {"float": runner(model, _CPU), "distilled": runner(qm.graph, _CPU)} if pictures is not None else {}
     qm, sections = write_network(qm, model, args.output, args.force, target, pictures, runs)
     forget_progress(args)
-    close(args, qm, [*_course_sections(Course.from_json(qm.manifest.metrics["course"])), *sections], console)
+    close(args, qm, [*course_sections(Course.from_json(qm.manifest.metrics["course"])), *sections], console)
 
 
 def _teacher_of(args: argparse.Namespace, qm: QuantizedModel) -> nn.Module:
@@ -147,7 +147,7 @@ def _write_student(
     args: argparse.Namespace, model: nn.Module, found: Distilled, qm: QuantizedModel | None, console: Console
 ) -> None:
     """Writes the student and, where it was quantized, what `quantize` writes beside it; prints what it ended with."""
-    facts, sections = _facts(args, found), _course_sections(found.course, found.top1)
+    facts, sections = _facts(args, found), course_sections(found.course, found.top1)
 
     def write_more(folder: Path) -> None:
         torch.save(found.student.state_dict(), folder / STUDENT)
@@ -190,18 +190,6 @@ def _facts(args: argparse.Namespace, found: Distilled) -> dict[str, Any]:
         **files, "student_arch": args.student_arch or args.arch, "recipe": found.recipe, "course": found.course.to_json(),
         "top1": found.top1, "seconds": found.seconds, "notes": list(found.notes),
     }  # fmt: skip
-
-
-def _course_sections(course: Course, final: float | None = None) -> list[Section]:
-    rows = [[str(r.epoch), f"{r.loss:.4g}", *([] if r.top1 is None else [f"{r.top1:.2f} %"])] for r in course.rows]
-    told = bool(course.accuracies)
-    sections = [Section("Epochs", [">epoch", ">loss", *([">top-1"] if told else [])], rows)]
-    if course.mean is not None and course.variance is not None and course.best is not None:
-        figures = [["mean over epochs", f"{course.mean:.2f} %"], ["variance", f"{course.variance:.2f}"]]
-        figures += [["best epoch (nothing is chosen by it)", f"{course.best:.2f} %"]]
-        figures += [] if final is None else [["at the end", f"{final:.2f} %"]]
-        sections.append(Section("Reported accuracy", ["", ">top-1"], figures))
-    return sections
 
 
 def _say(args: argparse.Namespace, facts: dict[str, Any], sections: list[Section], console: Console) -> None:

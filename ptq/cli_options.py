@@ -101,6 +101,13 @@ def _image_options(p: argparse.ArgumentParser) -> None:
     )
 
 
+def _report_option(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--report-on", type=Path, metavar="LABELLED",
+        help="labelled pictures on which accuracy is told after every epoch of distillation; nothing is ever chosen by them",
+    )  # fmt: skip
+
+
 def _teacher_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--data",
@@ -187,6 +194,7 @@ def _quantize_options(p: argparse.ArgumentParser) -> None:
         help="train the quantized network afterwards, the float one as its teacher; options as in epochs=20,steps=100; none for "
         "none; default none",
     )  # fmt: skip
+    _report_option(p)
     p.add_argument(
         "--cache-memory", type=float, metavar="GB",
         help="host memory for what blocks see, the rest goes to disk; default: a quarter of what is free",
@@ -245,10 +253,7 @@ def _distill_options(p: argparse.ArgumentParser) -> None:
         "--restore", metavar="DATA", help="after training under the batch's statistics: images to estimate the student's own on; "
         "default bn_stats:count=320",
     )  # fmt: skip
-    p.add_argument(
-        "--report-on", type=Path, metavar="LABELLED",
-        help="labelled pictures on which accuracy is told after every epoch; nothing is ever chosen by them",
-    )  # fmt: skip
+    _report_option(p)
     p.add_argument(
         "--then", metavar="BITS", help="quantize the student of another architecture too, in the same run: w4a4"
     )

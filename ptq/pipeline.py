@@ -31,6 +31,7 @@ from ptq.run import Run, floats, start_run
 from ptq.sources import Data, describe_data, gather, settle_source, trace_all
 from ptq.spec import BitConfig, Budget, Override, Repair
 from ptq.training import Training
+from ptq.training_setup import Labelled, open_labelled
 
 _FOLD_TOLERANCE = 1e-5  # relative; folding in float64 costs one rounding of each weight
 _EQUAL_TOLERANCE = 1e-3  # likewise; equalized channels differ by orders of magnitude in what they round
@@ -46,6 +47,7 @@ def quantize(
     ranges: str = "lp_best",
     finish: str | Finisher | None = None,
     distill: str | Training | None = None,
+    report_on: Labelled | None = None,
     repair: str | Repair = "none",
     edges: str = "brecq",
     adds: int = 8,
@@ -83,7 +85,8 @@ def quantize(
         ranges: how scales are chosen, see `ptq.quant.ranges`: "lp_best", "lp:2", "percentile:99.9", "minmax", …
         finish: a joint pass over all layers after rounding: "logits", with options, or a finisher object.
         distill: trains the quantized network afterwards, the float one as its teacher; options that differ from the defaults,
-            "epochs=20,steps=100" or "", or all of them, see `ptq.training.Training`.
+            "epochs=20,steps=100" or "", or all of them, see `ptq.training.Training`. report_on: labelled pictures, a path or
+            (images, labels), on which accuracy is told after every epoch; nothing is ever chosen by it.
         repair: "equalize", "bias", "analytic_bias", "statistics", joined by +; see `ptq.spec.Repair`.
         edges, adds, weights, activations, scales, placement, ties: where which grid goes, see `ptq.spec.PlanRules`; "auto" is
             what the target asks for.
@@ -113,10 +116,15 @@ def quantize(
         {"edges": edges, "adds": adds, "weights": weights, "activations": activations, "scales": scales}, layers,
         {"placement": placement, "ties": ties},
     )  # fmt: skip
+    if report_on is not None and distill is None:
+        raise SpecError(
+            "pictures to report on given; accuracy is told over the epochs of a distillation: ask for one by distill"
+        )
     run = start_run(input_shape, device, seed, mean, std, feedback, cache)
     networks, folded = run.timed("trace", _prepare, model, teachers, run, asked.mends)
     planned = _planned(folded, asked)
     images_from = settle_source(asked.data, networks, run, effort)
+    labelled = open_labelled(report_on, run)
     trainer, how = (None, None) if distill is None else prepare_distillation(distill, data, images_from, effort)
     asked = _suited(asked, images_from, run)
     images = run.timed("calibration images", gather, images_from, networks, run)
@@ -128,7 +136,9 @@ def quantize(
     graph, blocks, figures = _rounded(reference, folded, student, planned, asked, images, expected, run)
     metrics |= figures
     if how is not None:
-        graph, course, _ = run.timed("distillation", distill_graph, graph, folded, networks, trainer, images, how, run)
+        graph, course, _ = run.timed(
+            "distillation", distill_graph, graph, folded, networks, trainer, images, how, run, labelled
+        )
         metrics["course"] = course.to_json()
     metrics |= run.timed("comparison", _compare, networks[0], student, graph, images, run)
     recipe = asked.recipe() | {

@@ -9,6 +9,7 @@ from rich.table import Table
 from torch import fx
 
 from ptq.artifact import QuantizedModel
+from ptq.distilling.course import Course
 from ptq.graph.ops import find_op, weighted_nodes
 from ptq.graph.plan import QuantPlan
 from ptq.spec import QuantSpec
@@ -104,6 +105,19 @@ def run_sections(
     sections.append(Section("Bytes", ["", ">bytes", ">of float"], files))
     seconds = [[stage, f"{s:.1f}"] for stage, s in manifest.seconds.items()]
     sections.append(Section("Time", ["stage", ">seconds"], seconds))
+    return sections
+
+
+def course_sections(course: Course, final: float | None = None) -> list[Section]:
+    """Loss and reported accuracy of a distillation's epochs; final: accuracy at its end, in per cent."""
+    rows = [[str(r.epoch), f"{r.loss:.4g}", *([] if r.top1 is None else [f"{r.top1:.2f} %"])] for r in course.rows]
+    told = bool(course.accuracies)
+    sections = [Section("Epochs", [">epoch", ">loss", *([">top-1"] if told else [])], rows)]
+    if course.mean is not None and course.variance is not None and course.best is not None:
+        figures = [["mean over epochs", f"{course.mean:.2f} %"], ["variance", f"{course.variance:.2f}"]]
+        figures += [["best epoch (nothing is chosen by it)", f"{course.best:.2f} %"]]
+        figures += [] if final is None else [["at the end", f"{final:.2f} %"]]
+        sections.append(Section("Reported accuracy", ["", ">top-1"], figures))
     return sections
 
 

@@ -46,7 +46,7 @@ def test_a_folder_is_trained_further(quantized, capsys):
     assert sorted(p.name for p in Path().iterdir()) == ["model.pt", "out", "out-distilled", "val.npz"]
 
 
-def test_in_the_run_that_quantizes(work):
+def test_in_the_run_that_quantizes(work, capsys):
     given = [
         "model.pt",
         "--arch",
@@ -58,9 +58,13 @@ def test_in_the_run_that_quantizes(work):
         *GENIE,
         "--rounding",
         "nearest",
-        "--quiet",
     ]
-    assert main(["quantize", *given, "-o", "out", "--distill", "epochs=1,steps=2,batch_size=4"]) == 0
+    told = ["--mean", "0.5", "--std", "0.25", "--report-on", "val.npz"]
+    assert main(["quantize", *given, *told, "-o", "out", "--distill", "epochs=1,steps=2,batch_size=4"]) == 0
+    shown = capsys.readouterr().out
+    assert "Epochs" in shown and "mean over epochs" in shown
+    course = json.loads(Path("out/manifest.json").read_text())["manifest"]["metrics"]["course"]
+    assert [row["epoch"] for row in course["epochs"]] == [1] and course["mean"] == course["epochs"][0]["top1"]
     assert (
         main(["quantize", "model.pt", "--arch", ARCH, "--recipe", "out/manifest.json", "-o", "again", "--quiet"]) == 0
     )
@@ -140,6 +144,7 @@ _NEW = ("distill", *TEACHER, "--student-arch", f"{FILE}:SharedReLU", "-o", "made
         (("distill", "--student-arch", ARCH, "-o", "made"), "--teacher is missing"),
         (("distill", "out", "--then", "w4a4"), "--then given"),
         (("distill", "out", "--teacher", "none.pt"), "nothing is there"),
+        (("quantize", "model.pt", *TEACHER[2:], "--report-on", "val.npz", "-o", "made", "--quiet"), "ask for one by distill"),
         (("distill", "out", "--report-on", "nowhere"), "neither a folder nor a file"),
         (("distill", "out", "--training", "epoch=1"), "did you mean 'epochs'"),
         (("distill", "out", "--data", "gaussian:teacher_bn=batch"), "cannot normalize by the batch"),

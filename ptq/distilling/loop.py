@@ -74,7 +74,7 @@ def _optimizer(job: Job) -> torch.optim.Optimizer:
     t = job.training
     groups = [{**group, "lr": t.lr} for group in job.groups]
     if t.optimizer == "adam":
-        return torch.optim.Adam(groups, weight_decay=t.decay)
+        return torch.optim.Adam(groups, weight_decay=t.decay, fused=True)
     return torch.optim.SGD(groups, lr=t.lr, momentum=t.momentum, weight_decay=t.decay)
 
 
