@@ -183,11 +183,18 @@ def reporter(pictures: Pictures | None, student: nn.Module, run: Run, by_batch: 
 
 
 def forward(module: nn.Module, how: Training) -> Forward:
-    """What runs in training: a tuple of outputs."""
+    """What runs in training: a tuple of outputs.
+
+    Where networks are compiled, its first run raises SpecError if that does not work here.
+    """
     run: Any = torch.compile(module) if how.compile else module
 
     def tupled(x: Tensor) -> tuple[Tensor, ...]:
-        out = run(x)
+        try:
+            out = run(x)
+        except torch._dynamo.exc.TorchDynamoException as e:  # pyright: ignore[reportAttributeAccessIssue]
+            why = str(e).strip().splitlines()[0]
+            raise SpecError(f"compile=true asked for, and torch.compile fails: {why}; leave compile out") from e
         return out if isinstance(out, tuple) else (out,)
 
     return tupled

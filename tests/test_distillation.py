@@ -1,6 +1,7 @@
 """`distill` and `distill_quantized` from Python: laws, resuming, what is refused."""
 
 import copy
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -71,6 +72,26 @@ def test_no_epoch_changes_nothing():
     qm = _quantized()
     again = ptq.distill_quantized(build("residual"), qm, training="epochs=0")
     assert _same(again.student, qm.student) and torch.equal(again.graph(images()), qm.graph(images()))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPUs")
+def test_compiled_networks_learn_the_same():
+    data, training = "genie:steps=1,count=8,batch_size=4", f"{SHORT},lr=0.01"
+    plain, compiled = _distilled(data, training), _distilled(data, f"{training},compile=true")
+    for row, other in zip(plain.course.rows, compiled.course.rows, strict=True):
+        assert other.loss == pytest.approx(row.loss, rel=1e-3)
+
+
+def test_a_compiler_that_is_missing_is_one_line(monkeypatch):
+    def broken(module: nn.Module):
+        def run(x: Tensor):
+            raise torch._dynamo.exc.TorchDynamoException("no compiler\nand more")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(SpecError, match=r"torch\.compile fails: no compiler; leave compile out"):
+        _distilled("gaussian", f"{SHORT},compile=true")
 
 
 class _Stop(Exception):
