@@ -33,14 +33,17 @@ class ActFakeQuant(_Grid):
     """Fake-quantizes an activation `[B, …]`, per tensor.
 
     While `drop` > 0, each element stays float with that probability (QDrop, Wei et al., ICLR 2022, eq. 8);
-    `mask_rng` then draws the mask. `frozen`: its scale is settled and no longer trained.
+    `mask_rng` then draws the mask. `frozen`: its scale is settled and no longer trained. `idle`: it gives back what it gets.
     """
 
     frozen: bool = False
+    idle: bool = False
     drop: float = 0.0
     mask_rng: torch.Generator | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.idle:
+            return x
         skip = random_mask(x, self.drop, self.mask_rng) if self.drop > 0 else None
         return fake_quantize(x, self.qparams, skip)
 

@@ -165,7 +165,7 @@ def _trained(job: _Job, method: Reconstructor, seed: int, feedback: Feedback, pl
     with torch.enable_grad(), in_bfloat16(job.layers, job.half) as job.half:
         sound = _train(job, method, seed, feedback, place)
     for quantizer in quantizers:
-        quantizer.drop, quantizer.mask_rng = 0.0, None
+        quantizer.drop, quantizer.mask_rng, quantizer.idle = 0.0, None, False
         quantizer.scale.requires_grad_(False)
     for layer in job.layers:
         grid = weight_grid(layer)

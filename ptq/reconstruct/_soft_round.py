@@ -17,6 +17,7 @@ from ptq.quant.affine import QParams, along_axis
 from ptq.quant.fake_quant import ActFakeQuant, WeightFakeQuant, mix, swap, weight_grid
 from ptq.reconstruct._capture import block_error
 
+_WIDER = 4  # bits
 _ZETA, _GAMMA = 1.1, -0.1  # the rectified sigmoid's stretch
 
 
@@ -127,7 +128,7 @@ def attach_soft(o: SoftOptions, block: nn.Module, rng: torch.Generator, lr_scale
 
     Soft bits of every layer at `lr_round` (see `sped_up`); where their rates are above 0, weight scales at `lr_scale` and the
     scales of activation quantizers that are not settled yet at `lr_act`, along a cosine; powers of two stay what they are.
-    Activation quantizers skip elements with probability `drop`.
+    Activation quantizers skip elements with probability `drop`; those much finer than others of the block are idle in training.
 
     A scale's rate is at most `scale_step` of the scale itself a step. The papers' absolute rates suit scales near 0.1; on an
     8-bit grid, with scales near 0.002, they would be a twentieth of the scale in each step.
@@ -139,17 +140,31 @@ def attach_soft(o: SoftOptions, block: nn.Module, rng: torch.Generator, lr_scale
         parameter.requires_grad_(True)
         groups.append({"params": [parameter], "lr": rate, "cosine": True})
 
+    wide = _much_wider(block)
     for layer in list(block.modules()):
         if isinstance(weight_grid(layer) if hasattr(layer, "weight") else None, WeightFakeQuant):
             soft = soften(layer)
             groups.append({"params": [soft.v], "lr": lr_round, "cosine": False})
             if lr_scale > 0 and not soft.spec.power_of_two:
                 train(soft.gain, min(lr_scale / float(soft.scale.detach().median()), o.scale_step))
+        elif isinstance(layer, ActFakeQuant) and layer in wide:
+            layer.idle = True
         elif isinstance(layer, ActFakeQuant):
             layer.drop, layer.mask_rng = o.drop, rng
             if not (layer.frozen or layer.spec.power_of_two) and o.lr_act > 0:
                 train(layer.scale, min(o.lr_act, o.scale_step * float(layer.scale.detach())))
     return groups
+
+
+def _much_wider(block: nn.Module) -> set[ActFakeQuant]:
+    """Activation quantizers whose steps are lost among those of the block's narrowest: sixteen times finer, or more.
+
+    They are those of addends, by default 8 bits beside 4, which the papers leave in float; passing through them would take an
+    eighth of the training's time.
+    """
+    found = [m for m in block.modules() if isinstance(m, ActFakeQuant)]
+    narrowest = min((m.spec.bits for m in found), default=0)
+    return {m for m in found if m.spec.bits >= narrowest + _WIDER}
 
 
 def sped_up(lr: float, full_steps: int, steps: int) -> float:
