@@ -13,7 +13,7 @@ the innermost module that is not a `Sequential` and in whose forward the node ra
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -138,6 +138,10 @@ def _symbolic(model: nn.Module, input_shape: tuple[int, int, int]) -> fx.GraphMo
                 "(shapes are fine), or quantize the sub-module without it"
             ) from e
         return _checked(gm)
+    _, *extra = graph.find_nodes(op="placeholder")
+    if any(n.users for n in extra) and all(n.args for n in extra):  # options, whose defaults export puts in
+        with suppress(Exception):  # of what export does not take either, the inputs are named below
+            return _checked(exported(model, random_input(model, 2, input_shape)))
     return _checked(fx.GraphModule(tracer.root, graph))
 
 

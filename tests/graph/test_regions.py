@@ -214,6 +214,17 @@ def test_an_exported_network():
     assert _kinds(teacher) == ["cumsum"] and relative_error(teacher(images(3)), net(images(3))) < _RELATIVE
 
 
+def test_options_of_forward_keep_their_defaults():
+    class Optional(Around):
+        def forward(self, x: Tensor, mask: Tensor | None = None, power: float = 2.0) -> Tensor:
+            y = self.conv(x) ** power
+            return y if mask is None else y * mask
+
+    net = Optional(lambda s, y: y).eval().requires_grad_(False)
+    teacher = trace(net, SHAPE)
+    assert _kinds(teacher) == ["pow"] and relative_error(teacher(images(3)), net(images(3))) < _RELATIVE
+
+
 def test_callers_network_is_unchanged():
     net = Transformer()
     before = {k: v.clone() for k, v in net.state_dict().items()}
