@@ -15,10 +15,10 @@ PACKED = {
 
 
 class Builder:
-    """Collects nodes and initializers of one ONNX graph; `names` maps each FX node to its (float) tensor."""
+    """Collects nodes and initializers of one ONNX graph of version `opset`; `names` maps each FX node to its (float) tensor."""
 
-    def __init__(self, gm: fx.GraphModule, profile: Profile = PROFILES["ort"]) -> None:
-        self.gm, self.profile = gm, profile
+    def __init__(self, gm: fx.GraphModule, profile: Profile = PROFILES["ort"], opset: int = 21) -> None:
+        self.gm, self.profile, self.opset = gm, profile, opset
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
         self.names: dict[fx.Node, str] = {}

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from ptq.exporters._onnx_builder import Builder
 from ptq.exporters._onnx_codes import bias_of, weight_of
+from ptq.exporters._onnx_region import float_region, region
 from torch import Tensor, fx, nn
 
 from ptq.graph.insert import quantizer_of
@@ -276,5 +277,6 @@ EMITTERS: dict[str, Callable[[Builder, fx.Node, str], str]] = {
     "softmax": _plain("Softmax", lambda m: {"axis": m.dim}), "log_softmax": _plain("LogSoftmax", lambda m: {"axis": m.dim}),  # type: ignore[dict-item]
     "conv_transpose": _conv_transpose, "add_constant": _with_constant("Add"), "mul_constant": _with_constant("Mul"),
     "adaptive_average": _adaptive_average, "resize_bilinear": _resize_bilinear, "resize_nearest": _resize_nearest,
+    "float_region": float_region, "move_region": region,
     "tanh": _plain("Tanh"), "gelu": _plain("Gelu", lambda m: {"approximate": m.approximate}),  # type: ignore[dict-item]
 }  # fmt: skip

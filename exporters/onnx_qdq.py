@@ -17,6 +17,7 @@ from onnx import TensorProto, helper
 from ptq.exporters._onnx_builder import Builder
 from ptq.exporters._onnx_codes import quantize_value
 from ptq.exporters._onnx_ops import EMITTERS, absorbed_pad
+from ptq.exporters._onnx_region import check_region
 from ptq.exporters._parity import compare
 from ptq.exporters._profiles import PROFILES, Profile
 from torch import Tensor, fx
@@ -24,6 +25,7 @@ from torch import Tensor, fx
 from ptq.artifact import QuantizedModel
 from ptq.contracts import Presets
 from ptq.errors import ExportError, SpecError
+from ptq.graph.float_region import FloatRegion
 from ptq.graph.insert import quantizer_of
 from ptq.graph.integer import code_bounds
 from ptq.graph.ops import find_op, input_node, output_node, weighted_nodes
@@ -68,6 +70,8 @@ class OnnxQdq:
             op = find_op(graph, node)
             if op is not None and op.role != "quant" and op.name not in EMITTERS:
                 raise ExportError(f"{node.meta.get('value')}: operation {op.name} has no ONNX form in this exporter")
+            if node.op == "call_module" and isinstance(graph.get_submodule(str(node.target)), FloatRegion):
+                check_region(graph, node, _OPSET)
 
     def _misplaced(self, graph: fx.GraphModule, plan: QuantPlan) -> Iterator[str]:
         """Values with codes that the target wants float, or on another grid."""
@@ -110,8 +114,14 @@ class OnnxQdq:
 
 def build_model(qm: QuantizedModel, profile: Profile = PROFILES["ort"]) -> onnx.ModelProto:
     """The ONNX model of a quantized network."""
+    model = _build(qm, profile, _OPSET, _IR)
+    two_bits = any(t.data_type in (TensorProto.INT2, TensorProto.UINT2) for t in model.graph.initializer)
+    return _build(qm, profile, _OPSET_2, _IR_2) if two_bits else model
+
+
+def _build(qm: QuantizedModel, profile: Profile, opset: int, ir: int) -> onnx.ModelProto:
     gm = qm.student
-    b = Builder(gm, profile)
+    b = Builder(gm, profile, opset)
     source, result = input_node(gm), output_node(gm)
     b.names[source] = "input"
     for node in gm.graph.nodes:
@@ -125,8 +135,6 @@ def build_model(qm: QuantizedModel, profile: Profile = PROFILES["ort"]) -> onnx.
         [helper.make_tensor_value_info("output", TensorProto.FLOAT, ["N", *result.meta["shape"]])],
         list(b.initializers.values()),
     )  # fmt: skip
-    two_bits = any(t.data_type in (TensorProto.INT2, TensorProto.UINT2) for t in b.initializers.values())
-    opset, ir = (_OPSET_2, _IR_2) if two_bits else (_OPSET, _IR)
     opsets = [helper.make_opsetid("", opset)]
     return helper.make_model(graph, opset_imports=opsets, producer_name="ptq", ir_version=ir)
 

@@ -19,6 +19,7 @@ from ptq.errors import ModelError, SpecError
 from ptq.evaluate import agreement, outputs, runner, sqnr_db
 from ptq.graph.channel_means import expected_means
 from ptq.graph.equalize import equalize
+from ptq.graph.float_region import float_remainders
 from ptq.graph.fold_bn import fold_batch_norm, fold_error, give_biases, unfolded
 from ptq.graph.insert import insert_fake_quant
 from ptq.graph.observe import weight_params
@@ -241,6 +242,9 @@ def _prepare(
     left = unfolded(folded)
     if left:
         run.note(f"{len(left)} BatchNorm without a layer before it stay float: {', '.join(left[:5])}")
+    if remainders := float_remainders(folded):
+        listed = ", ".join(remainders[:5]) + (", …" if len(remainders) > 5 else "")
+        run.note(f"{len(remainders)} operations run in float: {listed}")
     return networks, folded if mends.bias == "none" else give_biases(folded)
 
 

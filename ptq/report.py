@@ -10,6 +10,7 @@ from torch import fx
 
 from ptq.artifact import QuantizedModel
 from ptq.distilling.course import Course
+from ptq.graph.float_region import FloatRegion
 from ptq.graph.ops import find_op, weighted_nodes
 from ptq.graph.plan import QuantPlan
 from ptq.spec import QuantSpec
@@ -52,6 +53,9 @@ def plan_sections(gm: fx.GraphModule, plan: QuantPlan) -> list[Section]:
 
 def _operation(gm: fx.GraphModule, node: fx.Node) -> str:
     op = find_op(gm, node)
+    module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if isinstance(module, FloatRegion):
+        return ", ".join(f"aten.{name}" for name in module.names)
     return "input" if op is None else op.name
 
 
@@ -145,6 +149,10 @@ def _proof_section(proof: Mapping[str, Any]) -> Section:
         rows.append(["layers in float", ", ".join(floats[:5]) + (" …" if len(floats) > 5 else "")])
     for row in proof.get("opinions", ()):
         rows.append([f"second opinion: {row['by']}", row["skipped"] if "skipped" in row else _opinion(row)])
+    if regions := proof.get("float_regions"):
+        rows.append(
+            ["operations outside the table, in float", ", ".join(regions[:5]) + (" …" if len(regions) > 5 else "")]
+        )
     if others := [name for name in proof.get("float_operations", ()) if name not in floats]:
         rows.append(["further operations in float", ", ".join(others[:5]) + (" …" if len(others) > 5 else "")])
     return Section("Exported file against the simulation", ["", ""], rows)

@@ -8,6 +8,7 @@ import pytest
 from ptq.exporters._onnx_ops import EMITTERS
 from torch import nn
 
+from ptq.graph.float_region import FloatRegion, MoveRegion
 from ptq.graph.layers import (
     AdaptiveAverage,
     AddConstant,
@@ -42,6 +43,8 @@ EXAMPLES: dict[type, Callable[[], nn.Module]] = {
     AdaptiveAverage: lambda: AdaptiveAverage((5, 3)), AddConstant: lambda: AddConstant((4, 1, 1)),
     MulConstant: lambda: MulConstant((1, 4, 1)),
     Pad: lambda: Pad((1, 2, 3, 4)), Slice: lambda: Slice(((1, 0, 2, 1),)),
+    FloatRegion: lambda: FloatRegion((("add.Tensor", (("value", 0), ("constant", 0)), (("alpha", 2),)),), (((4,), "int64"),)),
+    MoveRegion: lambda: MoveRegion((("roll.default", (("value", 0), (2,), (1,)), ()),), ()),
     Reshape: lambda: Reshape((4, 4)), Permute: lambda: Permute((0, 2, 3, 1)),
 }  # fmt: skip
 

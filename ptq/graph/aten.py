@@ -55,6 +55,7 @@ ATEN: dict[str, Callable[[Call], list[Any]]] = {
     "add": constant.arithmetic(operator.add),
     "mul": constant.arithmetic(operator.mul), "upsample_nearest2d": spatial.resize("nearest"),
     "upsample_bilinear2d": spatial.resize("bilinear"), "slice": spatial.select_slice,
+    "select": spatial.select,
 } | {
     name: FUNCTIONS[function]
     for name, function in {
@@ -88,11 +89,11 @@ def lower_aten(target: Any, call: Call) -> list[Any] | None:
     return None if found is None else found(call)
 
 
-def exported(model: nn.Module, example: Tensor) -> fx.GraphModule:
+def exported(model: nn.Module, example: Tensor, *, functional: bool = False) -> fx.GraphModule:
     """The network as a graph of aten operations, with its parameters under their own names.
 
     Args:
-        model: in eval mode. example: two images `[2, C, H, W]`.
+        model: in eval mode. example: two images `[2, C, H, W]`. functional: no operation writes into a tensor.
 
     Raises:
         Exception: whatever `torch.export` raises for a network it does not take either.
@@ -100,7 +101,38 @@ def exported(model: nn.Module, example: Tensor) -> fx.GraphModule:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False)
-    return plain(program.module(check_guards=False))
+        if functional:
+            program = program.run_decompositions({})
+    gm = plain(program.module(check_guards=False))
+    if functional:
+        _restore(gm)
+    return gm
+
+
+def _restore(gm: fx.GraphModule) -> None:
+    """Takes out what making a graph functional put in: copies, and BatchNorms that also yield the statistics they were given.
+
+    x ──► native_batch_norm ──► getitem 0      →      x ──► batch_norm
+    """
+    for node in list(gm.graph.nodes):
+        name = aten_name(node.target)
+        if name in ("view", "_unsafe_view"):  # which the copy made possible
+            node.target = torch.ops.aten.reshape.default
+        elif name in ("clone", "contiguous", "alias", "detach", "lift_fresh_copy"):
+            node.replace_all_uses_with(node.args[0])
+            gm.graph.erase_node(node)
+        elif name == "_native_batch_norm_legit_no_training":
+            *args, momentum, eps = node.args
+            with gm.graph.inserting_before(node):
+                norm = gm.graph.call_function(
+                    torch.ops.aten.batch_norm.default, (*args, False, momentum, eps, False), name=node.name
+                )
+            norm.meta = dict(node.meta)
+            for part in list(node.users):
+                part.replace_all_uses_with(norm)
+                gm.graph.erase_node(part)
+            gm.graph.erase_node(node)
+    gm.recompile()
 
 
 def plain(gm: fx.GraphModule) -> fx.GraphModule:

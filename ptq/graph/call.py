@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 Step = nn.Module | Callable[..., Any]
@@ -11,9 +12,10 @@ Step = nn.Module | Callable[..., Any]
 
 @dataclass(frozen=True, slots=True)
 class TensorShape:
-    """Stands for a tensor among the recorded arguments of a call: its dimensions, batch included."""
+    """Stands for a tensor among the recorded arguments of a call: its dimensions, batch included, and its type."""
 
     dims: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -24,6 +24,7 @@ from ptq.graph.integer_kernels import (
     IntegerMul,
     IntegerTable,
     Requantize,
+    RequantizeSum,
     Rescale,
 )
 from ptq.graph.layers import AdaptiveAverage, ResizeBilinear
@@ -86,7 +87,8 @@ def _replace_quantizer(gm: fx.GraphModule, node: fx.Node, student: fx.GraphModul
         return
     if (found := _weighted(gm, producer, sources[0])) is not None:  # pyright: ignore[reportArgumentType]
         total = _insert(gm, node, found, (producer.all_input_nodes[0],), "layer")
-        _become(gm, node, Requantize(found, q, bounds), (total,))  # type: ignore[operator]
+        summed = isinstance(found.layer, nn.Linear) and found.bias is not None and len(producer.meta["shape"]) > 1
+        _become(gm, node, (RequantizeSum if summed else Requantize)(found, q, bounds), (total,))  # type: ignore[arg-type]
     elif (kernel := _kernel(gm, producer, sources, q, bounds)) is not None:  # type: ignore[arg-type]
         _become(gm, node, kernel, tuple(a for a in producer.args if isinstance(a, fx.Node)))
         node.meta["operation"] = find_op(gm, producer).name  # type: ignore[union-attr]

@@ -2,7 +2,7 @@
 
 Each reads and yields real numbers on grids, `s · (code - z)`, and computes on codes:
 
-    layer     code = clamp(round(f32(Σ q_x q_w + b) · f32(s_x s_w / s_y)) + z_y)
+    layer     code = clamp(round(f32(Σ q_x q_w + b) · f32(s_x s_w / s_y)) + z_y); on [B, …, C], see `RequantizeSum`
     add       code = clamp(round(fma(A, s_a/s_y, fma(B, s_b/s_y, z_y - fma(s_a/s_y, z_a, s_b/s_y z_b)))))
     multiply  code = clamp(round(f32((A - z_a) (B - z_b) · f32(f32(s_a s_b) / s_y)) + z_y))
     mean      code = clamp(round(Σ q_x · f32(s_x / (s_y H W))) + z_y)
@@ -89,6 +89,23 @@ class Requantize(_Quantizer):
 
     def forward(self, total: Tensor) -> Tensor:
         return self.finish(torch.round(total * self.multiplier) + self.q.zero_point)  # pyright: ignore[reportOperatorIssue]
+
+
+class RequantizeSum(_Quantizer):
+    """Accumulator → the output's grid, of a linear layer with a bias on `[B, …, C]`: its bias is added in float.
+
+    round(f32(f32(acc · s_x s_w) + b) / s_y) + z
+    """
+
+    def __init__(self, layer: "IntegerLayer", q: QParams, bounds: tuple[int, int]) -> None:
+        super().__init__(q, bounds)
+        self.register_buffer("scale", layer.scale)  # type: ignore[arg-type]
+        self.register_buffer("bias", layer.layer.bias.detach().clone())  # type: ignore[operator, union-attr]
+        layer.register_buffer("bias", None)
+
+    def forward(self, total: Tensor) -> Tensor:
+        real = total * self.scale + self.bias  # pyright: ignore[reportOperatorIssue]
+        return self.finish(torch.round(real / self.q.scale) + self.q.zero_point)
 
 
 class Rescale(nn.Module):

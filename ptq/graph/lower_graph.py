@@ -11,10 +11,13 @@ from torch import fx, nn
 from ptq.errors import ModelError
 from ptq.graph.aten import aten_name, lower_aten
 from ptq.graph.call import Call, TensorShape, Unsupported
+from ptq.graph.float_region import FloatRegion
 from ptq.graph.lower import GATED, IN_PLACE, lower_call, lower_module
-from ptq.graph.ops import OPS, find_op
+from ptq.graph.ops import find_op
 from ptq.graph.recorder import Recorder
 from ptq.graph.source_line import source_of
+
+LAYER = "torch.nn.modules."  # how the names of torch's own modules begin
 
 
 def redirect_in_place(gm: fx.GraphModule) -> None:
@@ -95,28 +98,37 @@ def lower(gm: fx.GraphModule, recorder: Recorder) -> None:
 
 
 def _steps(module: nn.Module | None, node: fx.Node, recorded: tuple[Any, ...], same: bool) -> list[Any]:
-    args, kwargs, out = recorded
-    first = next((a for a in (*args, *kwargs.values()) if isinstance(a, TensorShape)), _first_of_list(args))
-    call = Call(args, kwargs, first.dims[1:], out.dims[1:])
     try:
-        if module is not None:
-            what, steps = f"module {node.target} of type {type(module).__name__}", lower_module(module, call)
-        else:
-            what = f"operation {getattr(node.target, '__name__', node.target)}"
-            steps = lower_aten(node.target, call) if aten_name(node.target) else lower_call(node.target, call)
+        steps = steps_of(module, node, recorded)
     except Unsupported as e:
         raise ModelError(f"not supported in {node.name}: {e} ({source_of(node)})") from e
     if steps is None and same:  # whatever it is, its result is its argument
         return []
     if steps is None:
-        raise ModelError(
-            f"unknown {what} at {node.name} ({source_of(node)}); known: {', '.join(sorted(o.name for o in OPS.values()))}"
-        )
+        what = f"operation {getattr(node.target, '__name__', node.target)}"
+        if module is not None:
+            what = f"module {node.target} of type {type(module).__name__}"
+        raise ModelError(f"unknown {what} at {node.name} ({source_of(node)})")
     return steps
 
 
+def steps_of(module: nn.Module | None, node: fx.Node, recorded: tuple[Any, ...]) -> list[Any] | None:
+    """What replaces a node as it was recorded, or None where it is unknown; `module`: the one it calls.
+
+    Raises:
+        Unsupported: it is known, but not in this form.
+    """
+    args, kwargs, out = recorded
+    first = next((a for a in (*args, *kwargs.values()) if isinstance(a, TensorShape)), _first_of_list(args))
+    call = Call(args, kwargs, first.dims[1:], out.dims[1:])
+    if module is not None:
+        return lower_module(module, call)
+    return lower_aten(node.target, call) if aten_name(node.target) else lower_call(node.target, call)
+
+
 def _first_of_list(args: tuple[Any, ...]) -> TensorShape:
-    return args[0][0] if args and isinstance(args[0], list | tuple) and args[0] else TensorShape((0,))
+    listed = args[0] if args and isinstance(args[0], list | tuple) else ()
+    return next((a for a in listed if isinstance(a, TensorShape)), TensorShape((0,)))
 
 
 def _replace(
@@ -134,11 +146,11 @@ def _replace(
                     path, step = f"{path}_again_{node.name}", copy.deepcopy(step)
                 used.add(path)
                 gm.add_submodule(path, step)
-                new = gm.graph.call_module(path, (current,))
+                new = gm.graph.call_module(path, tuple(tensors) if isinstance(step, FloatRegion) else (current,))
             elif step is GATED:
                 new = gm.graph.call_function(operator.mul, (tensors[0], current))
             else:
-                new = gm.graph.call_function(step, *_tensor_args(node, step, tensors))
+                new = gm.graph.call_function(step, *tensor_args(node, step, tensors))
         new.meta["owner"] = owner
         new.meta["value"] = node.name if k == len(steps) - 1 else f"{node.name}.step{k}"  # no FX name has a dot
         current = new
@@ -152,12 +164,12 @@ def _path(node: fx.Node) -> str | None:
         return str(node.target)
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path, kind = stack[-1] if stack and aten_name(node.target) else ("", "")
-    return path if path and _is_layer(kind) else None
+    return path if path and is_layer(kind) else None
 
 
-def _is_layer(kind: Any) -> bool:
+def is_layer(kind: Any) -> bool:
     """Whether a class, kept by name as export does, is one of torch's own modules."""
-    return isinstance(kind, str) and kind.startswith("torch.nn.modules.")
+    return isinstance(kind, str) and kind.startswith(LAYER)
 
 
 def _is_sequential(kind: Any) -> bool:
@@ -168,7 +180,12 @@ def _is_sequential(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, nn.Sequential)
 
 
-def _tensor_args(node: fx.Node, step: Any, tensors: list[fx.Node]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def tensor_args(node: fx.Node, step: Any, tensors: list[fx.Node]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a function of the table is called with in a node's place; `tensors`: what the node reads that is no constant.
+
+    Raises:
+        ModelError: a concatenation of another kind than of channels.
+    """
     if step is torch.cat:
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
         if dim != 1:
@@ -197,6 +214,6 @@ def _drop_sizes(gm: fx.GraphModule) -> None:
 def _owner(node: fx.Node) -> str:
     """Path of the innermost module around a node that is not a Sequential and not the node's own; "" for the network."""
     for path, kind in reversed((node.meta.get("nn_module_stack") or {}).values()):
-        if path and path != str(node.target) and not (_is_sequential(kind) or _is_layer(kind)):
+        if path and path != str(node.target) and not (_is_sequential(kind) or is_layer(kind)):
             return path
     return ""

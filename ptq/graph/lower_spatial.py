@@ -142,3 +142,13 @@ def select_slice(call: Call) -> list[Step]:
         return []
     index = (*[slice(None)] * (dim % (len(call.shape) + 1)), slice(start, stop, step))
     return getitem(Call((None, index), {}, call.shape, call.out))
+
+
+def select(call: Call) -> list[Step]:
+    """aten.select(x, dim, index): one entry along a dimension, which falls away."""
+    rank = len(call.shape) + 1
+    dim, index = call.get(1, "dim") % rank, call.get(2, "index")
+    if dim == 0:
+        raise Unsupported("a single image of a batch")
+    start = index % call.shape[dim - 1]
+    return [Slice(((dim, start, start + 1, 1),)), Reshape(call.out)]

@@ -21,6 +21,7 @@ import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
+from ptq.graph.float_region import FloatRegion, MoveRegion
 from ptq.graph.layers import (
     AdaptiveAverage,
     AddConstant,
@@ -93,6 +94,8 @@ OPS: dict[type | Callable[..., Any], Op] = {
     nn.ConvTranspose2d: Op("conv_transpose", "float", fields=_CONV_TRANSPOSE),
     AddConstant: Op("add_constant", "float", fields=("shape",)),
     MulConstant: Op("mul_constant", "float", fields=("shape",)),
+    FloatRegion: Op("float_region", "float", fields=("steps", "tensors")),
+    MoveRegion: Op("move_region", "same", "keep", ("steps", "tensors")),
     ActFakeQuant: Op("fake_quant", "quant", "keep"),
 }
 

@@ -2,9 +2,12 @@
 
 from typing import Any
 
-from torch import Tensor, fx
+import torch
+from torch import Tensor, fx, nn
 
+from ptq.errors import ModelError
 from ptq.graph.call import Constant, TensorShape
+from ptq.graph.source_line import first_line
 
 
 class Recorder(fx.Interpreter):
@@ -42,4 +45,30 @@ class Recorder(fx.Interpreter):
 
 
 def shapes_only(a: Any) -> Any:
-    return fx.node.map_aggregate(a, lambda v: TensorShape(tuple(v.shape)) if isinstance(v, Tensor) else v)  # pyright: ignore[reportAttributeAccessIssue]
+    return fx.node.map_aggregate(a, lambda v: TensorShape(tuple(v.shape), v.dtype) if isinstance(v, Tensor) else v)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def random_input(model: nn.Module, batch: int, shape: tuple[int, int, int]) -> Tensor:
+    """Noise [batch, C, H, W] where the network is, the same for the same batch size."""
+    first = next((p for p in model.parameters()), torch.zeros(()))
+    rng = torch.Generator().manual_seed(batch)
+    return torch.randn(batch, *shape, generator=rng).to(first.device)
+
+
+def record(gm: fx.GraphModule, shape: tuple[int, int, int], batch: int = 2) -> Recorder:
+    """A run on noise.
+
+    Raises:
+        ModelError: the network does not take input of this shape.
+    """
+    recorder = Recorder(gm)
+    try:
+        with torch.no_grad():
+            recorder.run(random_input(gm, batch, shape))
+    except ModelError:
+        raise
+    except Exception as e:  # whatever the network raises on an input it does not fit
+        raise ModelError(
+            f"the network does not run on input [B, {', '.join(map(str, shape))}]: {first_line(e)}; check the input shape"
+        ) from e
+    return recorder

@@ -3,6 +3,9 @@
     trace(model) = symbolic trace → run once, to learn every shape → lower to the operations of `ops.py` → name values
                    → compare with the original on random input
 
+Where an operation is none of those, the network goes through `torch.export`, and what is unknown stays, in float regions
+(`regions.py`); networks of known operations alone are never touched by that.
+
 The name of a value is the FX name of the node that made it, kept in `node.meta["value"]`; passes move it along, so that
 teacher and student can be aligned at any time. `meta["shape"]` is the value's shape without the batch, `meta["owner"]`
 the innermost module that is not a `Sequential` and in whose forward the node ran.
@@ -10,7 +13,7 @@ the innermost module that is not a `Sequential` and in whose forward the node ra
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -19,9 +22,11 @@ from torch.nn.utils import parametrize
 
 from ptq.errors import ModelError
 from ptq.graph.aten import exported, is_exported, plain
+from ptq.graph.batch_layout import keep_images_apart
 from ptq.graph.lower_graph import lower, redirect_in_place, select_parts
 from ptq.graph.ops import OPS
-from ptq.graph.recorder import Recorder
+from ptq.graph.recorder import random_input, record
+from ptq.graph.regions import make_regions
 from ptq.graph.source_line import first_line, user_line
 
 # Float kernels differ with batch size and memory layout in the last bits; lowering changes no more than the order of sums.
@@ -56,8 +61,8 @@ def trace(model: nn.Module, input_shape: tuple[int, int, int]) -> fx.GraphModule
         input_shape: (C, H, W), without the batch.
 
     Raises:
-        ModelError: the network cannot be traced, does not accept the input, or holds an unknown operation; the message
-            names the line of its source.
+        ModelError: the network cannot be traced, does not accept the input, or holds an unknown operation that cannot stay in
+            float either; the message names the line of its source.
     """
     if is_exported(model):
         model = plain(model)  # pyright: ignore[reportArgumentType]
@@ -71,12 +76,36 @@ def trace(model: nn.Module, input_shape: tuple[int, int, int]) -> fx.GraphModule
         ) from e
     _refuse_hooks(original)
     gm = _symbolic(copy.deepcopy(original), input_shape)
-    recorder = _record(gm, input_shape)
+    recorder = record(gm, input_shape)
     redirect_in_place(gm)
     select_parts(gm, recorder)
-    lower(gm, recorder)
-    gm.eval().requires_grad_(False)
-    _compare(original, gm, input_shape)
+    try:
+        lower(gm, recorder)
+        _compare(original, gm.eval().requires_grad_(False), input_shape)
+    except ModelError as e:
+        gm = _with_regions(original, input_shape, e).eval().requires_grad_(False)
+        _compare(original, gm, input_shape)
+    return gm
+
+
+def _with_regions(original: nn.Module, input_shape: tuple[int, int, int], error: ModelError) -> fx.GraphModule:
+    """The graph with what the table does not know, or not with the batch where it is, in float regions.
+
+    Raises:
+        ModelError: `error`, which says what that is, and why it cannot stay in float either.
+    """
+    model = copy.deepcopy(original)
+    try:
+        gm = exported(model, random_input(model, 2, input_shape), functional=True)
+    except Exception as e:  # whatever export has to say of a network it does not take
+        raise ModelError(f"{error}; nor can it stay in float: {first_line(e)}") from e
+    gm = _checked(gm)
+    try:
+        gm = make_regions(gm, input_shape)
+        lower(gm, record(gm, input_shape))
+        keep_images_apart(gm, input_shape)
+    except ModelError as e:
+        raise ModelError(f"{error}; nor can it stay in float: {e}") from e
     return gm
 
 
@@ -102,13 +131,17 @@ def _symbolic(model: nn.Module, input_shape: tuple[int, int, int]) -> fx.GraphMo
         graph = tracer.trace(model)
     except Exception as e:  # whatever the user's forward raises when it meets a symbolic tensor
         try:
-            gm = exported(model, _random_input(model, 2, input_shape))
+            gm = exported(model, random_input(model, 2, input_shape))
         except Exception:  # of the two, the first error names the line
             raise ModelError(
                 f"the network cannot be traced: {user_line(e)}: {first_line(e)}; make this independent of tensor values "
                 "(shapes are fine), or quantize the sub-module without it"
             ) from e
         return _checked(gm)
+    _, *extra = graph.find_nodes(op="placeholder")
+    if any(n.users for n in extra) and all(n.args for n in extra):  # options, whose defaults export puts in
+        with suppress(Exception):  # of what export does not take either, the inputs are named below
+            return _checked(exported(model, random_input(model, 2, input_shape)))
     return _checked(fx.GraphModule(tracer.root, graph))
 
 
@@ -149,33 +182,9 @@ def _flat(result: Any) -> list[Any]:
     return [] if result is None else [result]
 
 
-def _random_input(gm: nn.Module, batch: int, shape: tuple[int, int, int]) -> Tensor:
-    first = next((p for p in gm.parameters()), torch.zeros(()))
-    rng = torch.Generator().manual_seed(batch)
-    return torch.randn(batch, *shape, generator=rng).to(first.device)
-
-
-def _record(gm: fx.GraphModule, input_shape: tuple[int, int, int]) -> Recorder:
-    recorder = Recorder(gm)
-    try:
-        with torch.no_grad():
-            recorder.run(_random_input(gm, 2, input_shape))
-    except ModelError:
-        raise
-    except Exception as e:  # whatever the network raises on an input it does not fit
-        raise ModelError(
-            f"the network does not run on input [B, {_x(input_shape)}]: {first_line(e)}; check the input shape"
-        ) from e
-    return recorder
-
-
-def _x(shape: tuple[int, ...]) -> str:
-    return ", ".join(map(str, shape))
-
-
 def _compare(original: nn.Module, gm: fx.GraphModule, input_shape: tuple[int, int, int]) -> None:
     """Raises unless the graph computes what the network does, on another batch size than it was lowered with."""
-    x = _random_input(gm, 3, input_shape)
+    x = random_input(gm, 3, input_shape)
     with torch.no_grad():
         try:
             (expected,) = _flat(original(x.clone()))

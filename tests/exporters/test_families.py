@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 families = pytest.importorskip("families", reason="torchvision is not installed", exc_type=ImportError)
@@ -38,7 +39,18 @@ def test_family(name: str, bits: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["swin_t"])
-def test_what_cannot_be_quantized_says_why(name: str):
-    row = families.covered(name, "w8a8")
-    assert row["quantized"] == "no" and row["why not"].startswith(("unknown operation", "unknown module"))
+def test_a_family_with_operations_outside_the_table():
+    """Swin: every linear layer is an integer layer, in windows folded into the batch too; attention itself is float."""
+    row = families.covered("swin_t", "w8a8")
+    assert row["exported"] == "yes", row["why not"]
+    assert row["integer layers"] == "53 of 53" and row["float layers"] == 0 and row["worst steps"] <= 1
+    assert row["float regions"] == 15  # attention in 12 blocks, and what merges patches, three times
+
+
+def test_what_cannot_be_quantized_says_why(monkeypatch):
+    noisy = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), torch.nn.FractionalMaxPool2d(2, output_size=4), torch.nn.Flatten()
+    )
+    monkeypatch.setattr(families, "network", lambda name: noisy)
+    row = families.covered("swin_t", "w8a8")
+    assert row["quantized"] == "no" and row["why not"].startswith("unknown module")

@@ -8,13 +8,17 @@ import torch
 import torch.nn.functional as F
 from onnx import TensorProto, numpy_helper
 from ptq.exporters._onnx_builder import Builder
-from ptq.exporters._parity import compare, count_kernels
+from ptq.exporters._parity import compare, count_kernels, open_session
+from ptq.exporters.onnx_qdq import build_model
 from torch import nn
 
 import ptq
+from ptq.graph.insert import quantizer_of
 from ptq.graph.runtime_functions import resize_scale
+from ptq.quant.affine import quantize
 from tests.graph.test_serialize import Everything
 from tests.graph.test_trace import Around
+from tests.stages import values
 from tests.zoo import SHAPE, ZOO, build, images
 
 _WIDTHS = ("w8a8", "w4a4", "w2a4", "w4")
@@ -269,3 +273,26 @@ def test_float_operations_are_named(tmp_path):
     assert sorted(name.rpartition("/")[2] for name in proof["float_operations"]) == ["Gelu", "Mul"]
     plain = ptq.quantize(build("residual"), "w8a8", images(), input_shape=SHAPE, rounding="nearest")
     assert ptq.export(plain, "onnx_qdq", tmp_path / "p.onnx", images=images())["float_operations"] == []
+
+
+def test_a_linear_layer_on_pixels_is_exact():
+    """onnxruntime adds its bias in float, behind the accumulator's scale: of 8 million sums, some round otherwise."""
+
+    class Pixels(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.mix, self.head = nn.Conv2d(3, 16, 1), nn.Linear(16, 128), nn.Linear(128, 10)
+
+        def forward(self, x):
+            x = self.mix(self.conv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            return self.head(x.mean((2, 3)))
+
+    torch.manual_seed(1)
+    x = torch.randn(64, 3, 32, 32)
+    qm = ptq.quantize(Pixels().eval(), "w8a8", x, input_shape=(3, 32, 32), rounding="nearest", ranges="minmax")
+    model = build_model(qm)
+    model.graph.output.append(onnx.helper.make_tensor_value_info("mix.codes", onnx.TensorProto.UINT8, None))
+    codes = open_session(model.SerializeToString()).run(["mix.codes"], {"input": x.numpy()})[0]
+    held = quantizer_of(qm.student, "mix")
+    assert held is not None
+    assert np.array_equal(quantize(values(qm.graph, x)["mix"], held.qparams).numpy(), codes)
