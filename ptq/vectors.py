@@ -1,6 +1,7 @@
 """Golden vectors: what every layer reads, accumulates and yields, as integers, for those who build the hardware.
 
     conv, linear   accumulator = Σ (input - z_x) (weight - z_w) + bias        output = clamp(round(accumulator · M) + z_y)
+    linear, sum    accumulator = Σ (input - z_x) (weight - z_w)       output = clamp(round((accumulator s + bias s) / s_y) + z_y)
     add            output = clamp(round((input0 - z_0) · M_0 + (input1 - z_1) · M_1) + z_y)
     multiply       output = clamp(round((input0 - z_0) (input1 - z_1) · M) + z_y)
     mean           accumulator = Σ (input - z_x)                              output = clamp(round(accumulator · M) + z_y)
@@ -11,7 +12,9 @@
 
 `round` is half to even. Each multiplier M stands there as float32 and as M ≈ m · 2^-shift, with an integer m of 31 bits. Float32
 products are what onnxruntime computes, and what the outputs here are; the integer form comes to the same but for ties of rounding.
-The layer that yields the network's result has no grid: output = accumulator · M, in float.
+The layer that yields the network's result has no grid: output = accumulator · M, in float. "linear, sum" is a linear layer with a
+bias on more than one row an image (`"bias_added": "float"`), s its float32 `accumulator_scale`; M stands for s / s_y there, and
+(accumulator + bias) · M comes to the same but for ties.
 """
 
 import json
@@ -33,6 +36,7 @@ from ptq.graph.integer_kernels import (
     IntegerMul,
     IntegerTable,
     Requantize,
+    RequantizeSum,
     Rescale,
 )
 from ptq.graph.ops import find_op, moves
@@ -110,7 +114,7 @@ class _Writer:
         for label, source in zip(_labels(len(sources)), sources):
             arrays |= self._codes(label, source)
         arrays |= self._codes("output", node)
-        if isinstance(module, Requantize | Rescale):
+        if isinstance(module, Requantize | RequantizeSum | Rescale):
             row |= self._weighted(node, module, arrays)
         elif isinstance(module, IntegerAdd):
             row |= {"op": "add", "multipliers": [_multiplier(module.ratio_a), _multiplier(module.ratio_b)]}
@@ -169,7 +173,9 @@ class _Writer:
             return {label: value.numpy()}
         return {label: quantize(value, grid).numpy().astype(np.int8 if grid.spec.signed else np.uint8)}
 
-    def _weighted(self, node: fx.Node, module: Requantize | Rescale, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    def _weighted(
+        self, node: fx.Node, module: Requantize | RequantizeSum | Rescale, arrays: dict[str, np.ndarray]
+    ) -> dict[str, Any]:
         """Weight, bias and accumulator of a convolution or linear layer."""
         inner = node.all_input_nodes[0]
         integer = self.gm.get_submodule(str(inner.target))
@@ -183,9 +189,16 @@ class _Writer:
         if integer.bias is not None:
             arrays["bias"] = integer.bias.numpy().astype(np.int32)  # pyright: ignore[reportCallIssue]
         arrays["accumulator"] = self.found[inner].numpy().astype(np.int32)
-        scale = module.multiplier if isinstance(module, Requantize) else module.scale
         conv = isinstance(layer, nn.Conv2d)
         row: dict[str, Any] = {"op": "conv" if conv else "linear", "layer": integer.path}
+        if isinstance(module, RequantizeSum):
+            added = integer_codes(layer, "bias")
+            assert added is not None
+            arrays["bias"] = added[0].numpy()
+            row |= {"bias_added": "float", "accumulator_scale": module.scale.reshape(-1).tolist()}  # type: ignore[operator]
+            scale = module.scale / module.q.scale  # pyright: ignore[reportOperatorIssue]
+        else:
+            scale = module.multiplier if isinstance(module, Requantize) else module.scale
         if isinstance(layer, nn.Conv2d):
             row |= {k: getattr(layer, k) for k in ("stride", "padding", "dilation", "groups")}
         return row | {"weight_bits": q.spec.bits, "multiplier": _multiplier(scale)}  # type: ignore[arg-type]

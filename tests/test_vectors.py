@@ -30,7 +30,7 @@ def _accumulator(row: dict, a: dict[str, np.ndarray]) -> np.ndarray:
     x = torch.from_numpy(a["input"].astype(np.int64) - row["grids"]["input"]["zero_point"]).double()
     shape = [-1] + [1] * (a["weight"].ndim - 1)
     w = torch.from_numpy(a["weight"].astype(np.int64) - a["weight_zero_point"].reshape(shape)).double()
-    b = torch.from_numpy(a["bias"]).double() if "bias" in a else None
+    b = torch.from_numpy(a["bias"]).double() if "bias" in a and "bias_added" not in row else None
     if row["op"] == "linear":
         return F.linear(x, w, b).long().numpy()
     how = {k: row[k] for k in ("stride", "padding", "dilation", "groups")}
@@ -72,7 +72,25 @@ class _Gated(nn.Module):
         return F.relu(self.second(y * F.hardsigmoid(y.mean((2, 3), keepdim=True)))).mean((2, 3))
 
 
-NETS = {name: partial(build, name) for name in sorted(ZOO)} | {"gated": _Gated}
+class _Rows(nn.Module):
+    """A linear layer on every pixel, with a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.mix, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 12), nn.Linear(12, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.mix(F.relu(self.conv(x)).permute(0, 2, 3, 1)).mean((1, 2)))
+
+
+def _added_in_float(row: dict, a: dict[str, np.ndarray]) -> np.ndarray:
+    s, grid = np.array(row["accumulator_scale"], dtype=np.float32), row["grids"]["output"]
+    real = a["accumulator"].astype(np.float32) * s + a["bias"].astype(np.float32) * s
+    codes = np.rint(real / np.float32(grid["scale"])).astype(np.int64) + grid["zero_point"]
+    return np.clip(codes, *row["clamp"])
+
+
+NETS = {name: partial(build, name) for name in sorted(ZOO)} | {"gated": _Gated, "rows": _Rows}
 
 
 @pytest.mark.parametrize("bits", ["w8a8", "w4a4", "w2a4"])
@@ -81,6 +99,7 @@ def test_every_layer_follows_from_its_inputs(name, bits, tmp_path):
     qm, index, arrays = _written(NETS[name]().eval(), bits, tmp_path)
     if name == "gated":
         assert {row["op"] for row in index["layers"]} >= {"multiply", "average", "table", "mean"}
+    assert any("bias_added" in row for row in index["layers"]) == (name == "rows")
     weighted = [row for row in index["layers"] if row["op"] in ("conv", "linear")]
     assert [row["layer"] for row in weighted] == list(qm.plan.weights)
     near = total = 0
@@ -95,7 +114,11 @@ def test_every_layer_follows_from_its_inputs(name, bits, tmp_path):
         if row["op"] == "mean":
             x = a["input"].astype(np.int64) - row["grids"]["input"]["zero_point"]
             assert np.array_equal(x.sum((2, 3), keepdims=True), a["accumulator"])
-        if row["op"] in ("conv", "linear", "mean") and "output" in row["grids"]:
+        if "bias_added" in row:
+            assert np.array_equal(_added_in_float(row, a), a["output"])
+            gap = np.abs(_requantized(row, a["accumulator"] + a["bias"], True) - a["output"])
+            assert gap.max() <= 1 and (gap > 0).mean() < 1e-3
+        elif row["op"] in ("conv", "linear", "mean") and "output" in row["grids"]:
             assert np.array_equal(_requantized(row, a["accumulator"], False), a["output"])
             gap = np.abs(_requantized(row, a["accumulator"], True) - a["output"])
             assert gap.max() <= 1
