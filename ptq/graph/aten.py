@@ -103,7 +103,7 @@ def exported(model: nn.Module, example: Tensor, *, functional: bool = False) -> 
         program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False)
         if functional:
             program = program.run_decompositions({})
-    gm = plain(program.module(check_guards=False))
+        gm = plain(program.module(check_guards=False))
     if functional:
         _restore(gm)
     return gm
