@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from ptq.errors import ExportError
 from ptq.graph.float_region import FloatRegion
+from ptq.graph.serialize import as_tuples
 from ptq.graph.source_line import first_line
 
 MARK = "::"  # in the names of what is inside a region
@@ -82,10 +83,6 @@ class _Open(nn.Module):
         return self.region.compute(tensors[: self.inputs], tensors[self.inputs :])
 
 
-def _tuples(v: Any) -> Any:
-    return tuple(map(_tuples, v)) if isinstance(v, list) else v
-
-
 @lru_cache(maxsize=256)
 def _converted(text: str, shapes: tuple[tuple[int, ...], ...], opset: int) -> onnx.GraphProto:
     """The graph of a region: its inputs, then its constants, to its result.
@@ -93,7 +90,7 @@ def _converted(text: str, shapes: tuple[tuple[int, ...], ...], opset: int) -> on
     Raises:
         ExportError: torch's exporter knows no form of one of its operations.
     """
-    steps, tensors = _tuples(json.loads(text))
+    steps, tensors = as_tuples(json.loads(text))
     closed = FloatRegion(steps, tensors)
     example = (*(torch.rand(2, *shape) for shape in shapes), *closed.constants)
     batch = torch.export.Dim("batch")

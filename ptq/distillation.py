@@ -123,7 +123,7 @@ def distill(
     teacher = use_batch_statistics(networks[0]) if by_batch else networks[0]
     job = Job(
         forward(teacher, how), forward(pupil, how), pupil, [{"params": list(pupil.parameters())}], feed, how, seed, run.device,
-        replace(run.feedback, note=run.note), reporter(labelled, pupil, run, by_batch), kept, learns_statistics=True,
+        run.stage_feedback, reporter(labelled, pupil, run, by_batch), kept, learns_statistics=True,
     )  # fmt: skip
     course = run.timed("distillation", train, job)
     pupil.eval().requires_grad_(False)
@@ -241,7 +241,7 @@ def distill_graph(
     how = replace(how, precision="float32")  # codes of 8 bits are as fine as bfloat16 itself
     job = Job(
         forward(with_values(folded, names), how), forward(with_values(student, names), how), student, groups, feed, how,
-        run.seed, run.device, replace(run.feedback, note=run.note), reporter(labelled, student, run, False), kept,
+        run.seed, run.device, run.stage_feedback, reporter(labelled, student, run, False), kept,
     )  # fmt: skip
     course = train(job)
     harden(student)

@@ -155,7 +155,7 @@ def quantize(
 
 def _common(run: Run) -> dict[str, Any]:
     """What every stage after the images takes."""
-    return {"seed": run.seed, "device": run.device, "feedback": replace(run.feedback, note=run.note)}
+    return {"seed": run.seed, "device": run.device, "feedback": run.stage_feedback}
 
 
 def _planned(folded: fx.GraphModule, asked: Request) -> QuantPlan:
@@ -210,9 +210,8 @@ def _rounded(
         precision=asked.precision, cache=kept, **_common(run),
     )  # fmt: skip
     if asked.mends.bias != "none":
-        feedback = replace(run.feedback, note=run.note)
         graph = run.timed(
-            "repair", mend, folded, graph, seen, asked.mends, expected, device=run.device, feedback=feedback,
+            "repair", mend, folded, graph, seen, asked.mends, expected, device=run.device, feedback=run.stage_feedback,
             memory=asked.memory,
         )  # fmt: skip
     if asked.finisher is None:

@@ -130,6 +130,10 @@ def _widths(qm: QuantizedModel, layers: Sequence[str]) -> str:
     return ", ".join(f"{widths.count(w)}×{w}" for w in dict.fromkeys(widths))
 
 
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
+
+
 def _percent(share: float) -> str:
     return f"{100 * share:.2f} %"
 
@@ -146,15 +150,13 @@ def _proof_section(proof: Mapping[str, Any]) -> Section:
         ["layers in integer kernels", f"{proof['integer_layers']} of {proof['integer_layers'] + len(floats)}"],
     ]
     if floats:
-        rows.append(["layers in float", ", ".join(floats[:5]) + (" …" if len(floats) > 5 else "")])
+        rows.append(["layers in float", _first(floats)])
     for row in proof.get("opinions", ()):
         rows.append([f"second opinion: {row['by']}", row["skipped"] if "skipped" in row else _opinion(row)])
     if regions := proof.get("float_regions"):
-        rows.append(
-            ["operations outside the table, in float", ", ".join(regions[:5]) + (" …" if len(regions) > 5 else "")]
-        )
+        rows.append(["operations outside the table, in float", _first(regions)])
     if others := [name for name in proof.get("float_operations", ()) if name not in floats]:
-        rows.append(["further operations in float", ", ".join(others[:5]) + (" …" if len(others) > 5 else "")])
+        rows.append(["further operations in float", _first(others)])
     return Section("Exported file against the simulation", ["", ""], rows)
 
 

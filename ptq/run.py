@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,11 @@ class Run:
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     clipped: list[float] = field(default_factory=list)  # per batch, the share of values that were no valid pixels
+
+    @property
+    def stage_feedback(self) -> Feedback:
+        """The feedback for a stage, whose notes reach the manifest too."""
+        return replace(self.feedback, note=self.note)
 
     def note(self, text: str) -> None:
         """Tells the user, and the manifest."""

@@ -211,7 +211,7 @@ def _context(source: Any, networks: tuple[fx.GraphModule, ...], run: Run) -> Cal
     cache = None if run.cache is None else open_cache(run.cache, networks, settings(source, run))
     return CalibrationContext(
         networks[0], run.shape, run.mean, run.std, source.count, source.batch_size, run.device,
-        make_rng(run.seed, "calibration"), replace(run.feedback, note=run.note), networks[1:], cache=cache,
+        make_rng(run.seed, "calibration"), run.stage_feedback, networks[1:], cache=cache,
     )  # fmt: skip
 
 

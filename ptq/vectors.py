@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, fx, nn
 
 from ptq.artifact import QuantizedModel, whole_folder
@@ -40,6 +39,7 @@ from ptq.graph.integer_kernels import (
     Rescale,
 )
 from ptq.graph.ops import find_op, moves
+from ptq.graph.recorder import node_values
 from ptq.quant.affine import QParams, quantize
 from ptq.quant.fake_quant import integer_codes
 
@@ -76,18 +76,6 @@ def fixed_point(multiplier: Tensor) -> tuple[list[int], list[int]]:
     return np.where(over, m // 2, m).tolist(), (_BITS - exponent - over).tolist()
 
 
-class _Values(fx.Interpreter):
-    """Keeps every node's result."""
-
-    def __init__(self, gm: fx.GraphModule) -> None:
-        super().__init__(gm)
-        self.found: dict[fx.Node, Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        self.found[n] = super().run_node(n)
-        return self.found[n]
-
-
 class _Writer:
     """Writes the layers of one network."""
 
@@ -96,10 +84,7 @@ class _Writer:
 
     def write(self, images: Tensor) -> dict[str, Any]:
         """The files; returns the index."""
-        values = _Values(self.gm)
-        with torch.no_grad():
-            values.run(images)
-        self.found = values.found
+        self.found = node_values(self.gm, images)
         layers = [row for node in self.gm.graph.nodes if (row := self._layer(node)) is not None]
         return {"images": len(images), "formulas": (__doc__ or "").partition("\n\n")[2].splitlines(), "layers": layers}
 

@@ -16,7 +16,7 @@ from ptq.errors import ModelError
 from ptq.graph.aten import aten_name
 from ptq.graph.call import Constant, TensorShape
 from ptq.graph.lower_graph import is_layer
-from ptq.graph.recorder import random_input, record
+from ptq.graph.recorder import node_values, random_input, record
 
 _SIZES = (2, 5)  # of the two batches
 _RELATIVE = 1e-5  # float noise
@@ -102,20 +102,6 @@ def _is_bent(marks: Marks, node: fx.Node) -> bool:
     return isinstance(found, TensorShape) and found.dtype == torch.float32 and not marks.by_image(source)
 
 
-class _Kept(fx.Interpreter):
-    """Keeps what some nodes yield."""
-
-    def __init__(self, gm: fx.GraphModule, wanted: set[fx.Node]) -> None:
-        super().__init__(gm)
-        self.wanted, self.kept = wanted, dict[fx.Node, Tensor]()
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if n in self.wanted:
-            self.kept[n] = result
-        return result
-
-
 def two_pairs(model: nn.Module, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
     """Two batches of two images that differ in the second image only."""
     first, other = random_input(model, 2, shape), random_input(model, 3, shape)
@@ -124,12 +110,7 @@ def two_pairs(model: nn.Module, shape: tuple[int, int, int]) -> tuple[Tensor, Te
 
 def _seen(gm: fx.GraphModule, wanted: set[Any], shape: tuple[int, int, int]) -> dict[fx.Node, list[Tensor]]:
     """What nodes yield for two batches that differ in the second image."""
-    runs = []
-    for x in two_pairs(gm, shape):
-        run = _Kept(gm, wanted)
-        with torch.no_grad():
-            run.run(x)
-        runs.append(run.kept)
+    runs = [node_values(gm, x, wanted) for x in two_pairs(gm, shape)]
     return {n: [kept[n] for kept in runs] for n in wanted}
 
 

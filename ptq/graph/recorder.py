@@ -1,5 +1,6 @@
 """One run of a network on example images, to learn every shape and what does not depend on the images."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -8,6 +9,28 @@ from torch import Tensor, fx, nn
 from ptq.errors import ModelError
 from ptq.graph.call import Constant, TensorShape
 from ptq.graph.source_line import first_line
+
+
+class _Values(fx.Interpreter):
+    """Keeps what nodes yield."""
+
+    def __init__(self, gm: fx.GraphModule, wanted: Collection[fx.Node]) -> None:
+        super().__init__(gm)
+        self.wanted, self.found = wanted, dict[fx.Node, Any]()
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n in self.wanted:
+            self.found[n] = result
+        return result
+
+
+@torch.no_grad()
+def node_values(gm: fx.GraphModule, x: Tensor, wanted: Collection[fx.Node] | None = None) -> dict[fx.Node, Any]:
+    """What nodes yield for the input `x`: those of `wanted`, or all."""
+    run = _Values(gm, set(gm.graph.nodes) if wanted is None else wanted)
+    run.run(x)
+    return run.found
 
 
 class Recorder(fx.Interpreter):

@@ -47,8 +47,9 @@ def _field(module: nn.Module, name: str) -> Any:
     return v is not None if name == "bias" else v
 
 
-def _tuples(v: Any) -> Any:
-    return tuple(_tuples(x) for x in v) if isinstance(v, list) else v
+def as_tuples(v: Any) -> Any:
+    """What JSON gives back as lists, as the tuples it was, at any depth."""
+    return tuple(as_tuples(x) for x in v) if isinstance(v, list) else v
 
 
 def graph_from_json(rows: list[Mapping[str, Any]], plan: QuantPlan) -> fx.GraphModule:
@@ -58,7 +59,7 @@ def graph_from_json(rows: list[Mapping[str, Any]], plan: QuantPlan) -> fx.GraphM
         for row in rows:
             nodes[row["name"]] = _rebuild(row, graph, root, [nodes[name] for name in row["inputs"]], plan)
     for row in rows:
-        nodes[row["name"]].meta.update({k: _tuples(row[k]) for k in ("value", "shape", "owner") if k in row})
+        nodes[row["name"]].meta.update({k: as_tuples(row[k]) for k in ("value", "shape", "owner") if k in row})
     graph.lint()
     gm = fx.GraphModule(root, graph)
     return gm.eval().requires_grad_(False)
@@ -88,7 +89,7 @@ def _module(target: Any, row: Mapping[str, Any], plan: QuantPlan) -> nn.Module:
         module = ActFakeQuant(_empty(QuantSpec(**row["fields"]), None))
         module.frozen = True
         return module
-    module = target(**{k: _tuples(v) for k, v in row["fields"].items()})
+    module = target(**{k: as_tuples(v) for k, v in row["fields"].items()})
     if row["path"] in plan.weights:
         size = module.weight.shape[0]
         q = _empty(plan.weights[row["path"]], size)

@@ -92,7 +92,7 @@ def _blocks(
     for k, block in enumerate(blocks):
         start = time.perf_counter()
         job = _Job(teacher, student, block, teacher_values, student_values, device, space, half)
-        found = restore(cache, k, student, block) if method.steps else None
+        found = restore(cache, k, student, block)
         kept = "" if found else _fit(job, method, seed, feedback, (k, len(blocks)), images)
         _harden(student, block)
         outputs = run_all(extract(student, block.inputs, block.outputs), job.student_in, device, space)
@@ -103,7 +103,7 @@ def _blocks(
             error, sqnr = compare_all(stored(outputs), job.targets)
             seconds = round(time.perf_counter() - start, 3)
             report = BlockReport(block.name, block.layers, job.nearest_error, error, kept, sqnr, seconds)
-            keep(cache if method.steps else None, k, student, block, asdict(report))
+            keep(cache, k, student, block, asdict(report))
         yield report
         still_read = {name for later in blocks[k + 1 :] for name in later.inputs}
         teacher_values.store(block, job.targets)
