@@ -269,6 +269,23 @@ def test_generators_of_any_size(shape):
     assert all(v.shape == (4, 7) for v in Encoder(shape, 7)(x))
 
 
+@pytest.mark.parametrize(
+    ("shape", "maps"),
+    [
+        ((3, 32, 32), [(128, 8, 8), (64, 16, 16), (3, 32, 32)]),
+        ((3, 224, 224), [(128, 14, 14), (128, 28, 28), (64, 56, 56), (64, 112, 112), (3, 224, 224)]),
+    ],
+)
+def test_generator_has_the_papers_maps(shape, maps):
+    # NAYER, tables 6 and 7: what every convolution yields.
+    generator, seen = ConvGenerator(shape, 6), []
+    for norm in (*generator.norms, generator.last):
+        norm.register_forward_hook(lambda _, inputs, __: seen.append(tuple(inputs[0].shape[1:])))
+    generator(torch.randn(2, 6))
+    assert seen == maps
+    assert len(generator.convs) == len(maps)
+
+
 def test_features_and_balance():
     teacher = prepare("residual").teacher
     with last_features(teacher) as features, torch.no_grad():
