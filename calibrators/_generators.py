@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from ptq.precision import pays
+
 
 class GenieGenerator(nn.Module):
     """Latent `[B, latent]` → images `[B, C, H, W]` of zero mean and unit deviation per channel over the batch.
@@ -37,7 +39,8 @@ class ConvGenerator(nn.Module):
     """Latent `[B, latent]` → images `[B, C, H, W]` of zero mean and unit deviation per channel over the batch.
 
     Linear, BN, spectrally normalized 3 × 3 convolutions with BN and LeakyReLU between upsamplings (two for inputs below 128
-    pixels, four above), sigmoid, BN(affine=False). Sides that do not divide are generated larger and cropped.
+    pixels, four above), sigmoid, BN(affine=False). Sides that do not divide are generated larger and cropped. Sums of products
+    are in bfloat16 where that pays: images are whatever a generator yields, and are seen in float32.
 
     Ref: Tran et al., NAYER, CVPR 2024, tables 6 and 7; the same network generates PRE-DFKD's novel samples.
     """
@@ -57,12 +60,13 @@ class ConvGenerator(nn.Module):
         self.last = nn.BatchNorm2d(channels, affine=False)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.norm(self.expand(z)).view(-1, *self.start)
-        x = F.leaky_relu(self.norms[0](self.convs[0](x)), 0.2)
-        for conv, norm in zip(self.convs[1:], self.norms[1:]):
-            x = F.leaky_relu(norm(up_conv(x, conv)), 0.2)  # type: ignore[arg-type]
-        x = torch.sigmoid(up_conv(x, self.convs[-1]))  # type: ignore[arg-type]
-        return self.last(x[:, :, : self.height, : self.width])
+        with narrow(z.device):
+            x = self.norm(self.expand(z)).view(-1, *self.start)
+            x = F.leaky_relu(self.norms[0](self.convs[0](x)), 0.2)
+            for conv, norm in zip(self.convs[1:], self.norms[1:]):
+                x = F.leaky_relu(norm(up_conv(x, conv)), 0.2)  # type: ignore[arg-type]
+            x = up_conv(x, self.convs[-1])  # type: ignore[arg-type]
+        return self.last(torch.sigmoid(x.float())[:, :, : self.height, : self.width])
 
 
 class Encoder(nn.Module):
@@ -84,8 +88,9 @@ class Encoder(nn.Module):
         self.mean, self.log_var = (nn.Linear(128 * sides[0] * sides[1], latent) for _ in range(2))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.body(x)
-        return self.mean(x), self.log_var(x)
+        with narrow(x.device):
+            x = self.body(x)
+        return self.mean(x.float()), self.log_var(x.float())
 
 
 def up_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
@@ -118,6 +123,11 @@ def up_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
 def _pairs(w0: Tensor, w1: Tensor, w2: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """The two taps left of three, at even and at odd positions."""
     return (w0, w1 + w2), (w0 + w1, w2)
+
+
+def narrow(device: torch.device) -> torch.autocast:
+    """Within it, layers multiply in bfloat16 if that pays on `device`."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=pays("auto", device))
 
 
 def seeded(build, rng: torch.Generator) -> nn.Module:

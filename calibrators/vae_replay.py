@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 import torch.nn.functional as F
 from ptq.calibrators._classifier import average, balance, common_classes, confident, last_features
-from ptq.calibrators._generators import ConvGenerator, Encoder, GenieGenerator, seeded
+from ptq.calibrators._generators import ConvGenerator, Encoder, GenieGenerator, narrow, seeded
 from ptq.calibrators._input_space import Space, pixel_space
 from ptq.calibrators._progress import StepCount
 from ptq.calibrators._teachers import teachers
@@ -99,7 +99,12 @@ class Memory(nn.Module):
         """x̂, and the mean and log-variance of its latent vectors."""
         mean, log_var = self.encoder(x)
         noise = torch.randn(mean.shape, generator=rng).to(x.device)
-        return self.decoder(mean + (0.5 * log_var).exp() * noise), mean, log_var
+        return self.recall(mean + (0.5 * log_var).exp() * noise), mean, log_var
+
+    def recall(self, z: Tensor) -> Tensor:
+        """The images `[B, C, H, W]` of latent vectors `[B, latent]`."""
+        with narrow(z.device):
+            return self.decoder(z).float()
 
 
 class _Run:
@@ -157,7 +162,7 @@ class _Run:
         """Algorithm 1: half of the batch novel, half what the memory itself recalls."""
         o, half = self.options, max(1, len(novel) // 2)
         with torch.no_grad():
-            old = self.memory.decoder(self._noise(max(half, 2), o.memory_latent, rng))
+            old = self.memory.recall(self._noise(max(half, 2), o.memory_latent, rng))
         u = torch.cat([novel[:half], old[:half]])
         rebuilt, mean, log_var = self.memory.rebuild(u, rng)
         with torch.no_grad():
@@ -173,12 +178,12 @@ class _Run:
         """Algorithm 2: memory samples `[size, C, H, W]`, their latent vectors one step towards balance and confidence."""
         z = self._noise(size, self.options.memory_latent, rng).requires_grad_()
         adam = torch.optim.Adam([z], lr=self.options.lr_tune)
-        outputs = self.teacher(self.space.place(self.memory.decoder(z)))
+        outputs = self.teacher(self.space.place(self.memory.recall(z)))
         var, mean = torch.var_mean(z, dim=0, correction=0)
         prior = 0.5 * (mean.square() + var - 1 - (var + 1e-8).log()).sum()
         (average(balance, outputs) + average(confident, outputs) + prior).backward()
         adam.step()
-        return self.memory.decoder(z.detach())
+        return self.memory.recall(z.detach())
 
 
 def _js(a: Tensor, b: Tensor, temperature: float) -> Tensor:

@@ -3,7 +3,7 @@
 6                       cli   cli_options   cli_images   cli_distill
 5                     pipeline   distillation   sources   plugins   run   report   terminal   gallery   demo
 4   distill, evaluate, similarity, vectors │ ptq.reconstruct │ calibrators │ exporters      these never import each other
-3              contracts   batch_cache   artifact   loading   pictures
+3              contracts   batch_cache   artifact   loading   pictures   precision
 2                       graph
 1                       quant
 0                    spec   errors
@@ -24,7 +24,7 @@ LAYERS = {
     "ptq.distilling": 4, "ptq.evaluate": 4, "ptq.similarity": 4, "ptq.vectors": 4, "ptq.reconstruct": 4,
     "ptq.finish": 4, "ptq.calibrators": 4, "ptq.exporters": 4,
     "ptq.contracts": 3, "ptq.training": 3, "ptq.augment": 3, "ptq.batch_cache": 3, "ptq.artifact": 3,
-    "ptq.loading": 3, "ptq.pictures": 3,
+    "ptq.loading": 3, "ptq.pictures": 3, "ptq.precision": 3,
     "ptq.graph": 2,
     "ptq.quant": 1,
     "ptq.spec": 0, "ptq.errors": 0,

@@ -19,6 +19,7 @@ from ptq.contracts import Feedback, Reconstructor, make_rng
 from ptq.graph.blocks import Block, extract, input_value_node, split
 from ptq.graph.insert import round_bias
 from ptq.graph.ops import input_node, weighted_nodes
+from ptq.precision import pays
 from ptq.quant.fake_quant import (
     ActFakeQuant,
     FloatBias,
@@ -30,7 +31,7 @@ from ptq.quant.fake_quant import (
 from ptq.reconstruct._capture import Capture, Space, compare_all, outputs_of, picked, quantized_input, run_all, stored
 from ptq.reconstruct._checkpoint import keep, restore
 from ptq.reconstruct._fisher import fisher_weights
-from ptq.reconstruct._precision import in_bfloat16, pays
+from ptq.reconstruct._precision import in_bfloat16
 from ptq.reconstruct._soft_round import SoftRound
 
 log = logging.getLogger(__name__)

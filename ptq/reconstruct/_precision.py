@@ -8,22 +8,11 @@ own sums of products stays in float32: grids, soft bits, the loss and the error 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
 from ptq.quant.fake_quant import weight_grid
 
 _WIDEST = 4  # bits
-
-
-def pays(precision: str, device: torch.device) -> bool:
-    """Whether to use bfloat16, of `ptq.spec.PRECISIONS`: "auto" says yes on a CPU with instructions for it."""
-    if precision != "auto":
-        return precision == "bfloat16"
-    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # an older torch cannot tell
-        return False
-    able = torch.cpu.get_capabilities()
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 @contextmanager

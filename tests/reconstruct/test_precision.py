@@ -7,10 +7,11 @@ from torch import Tensor, fx, nn
 from ptq.contracts import Feedback
 from ptq.errors import SpecError
 from ptq.pipeline import quantize
+from ptq.precision import pays
 from ptq.quant.fake_quant import weight_grid
 from ptq.reconstruct import _loop
 from ptq.reconstruct._loop import BlockReport, reconstruct_blocks
-from ptq.reconstruct._precision import in_bfloat16, pays
+from ptq.reconstruct._precision import in_bfloat16
 from ptq.reconstruct.genie_m import GenieM
 from tests.stages import prepare
 from tests.zoo import ZOO, images
