@@ -42,7 +42,7 @@ class ConvGenerator(nn.Module):
     pixels, four above), sigmoid, BN(affine=False). Sides that do not divide are generated larger and cropped. Sums of products
     are in bfloat16 where that pays: images are whatever a generator yields, and are seen in float32.
 
-    Ref: Tran et al., NAYER, CVPR 2024, tables 6 and 7; the same network generates PRE-DFKD's novel samples.
+    Ref: Tran et al., NAYER, CVPR 2024, tables 6 and 7.
     """
 
     def __init__(self, shape: tuple[int, int, int], latent: int) -> None:

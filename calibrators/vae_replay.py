@@ -1,13 +1,17 @@
 """PRE-DFKD: a generator of novel samples, and a variational autoencoder that replays what it made before.
 
-    novel    min over G of   CE(T(x), argmax T(x)) - 5 H(mean softmax T(x)) - 0.1 mean |f_T(x)| + (1 - JS(T(x) ‖ S(x)))
+    novel    min over G of   CE(T(x), argmax T(x)) - 5 H(mean softmax T(x)) - 0.1 mean |f_T(x)| + (1 - JS(T(x) ‖ S(x)) / K)
     memory   min over E, D of   |x - x̂| + |T(x) - T(x̂)| + 1e-5 KL( E(x) ‖ N(0, 1) ),   x half novel, half D's own
     replay   x = D(z*),   z* one step from N(0, 1) towards balanced, confident classes
 
+A student sees ten batches, each drawn anew, between two steps of the generator; the autoencoder learns from the first four.
+
 Ref: Binici et al., Robust and Resource-Efficient Data-Free Knowledge Distillation by Generative Pseudo Replay, AAAI 2022,
-eq. 1-8, algorithms 1 and 2.
+eq. 1-8, algorithms 1 and 2; how often each network is trained, the rates, the entropy in decimal digits and the divergence as a
+mean over the K classes: the authors' program. Differs: novel samples come from NAYER's generator.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +33,8 @@ from ptq.training import Training
 
 __all__ = ["VaeReplay"]
 
+_REHEARSED = 0.4  # of the batches between two trainings of the generator, those that the autoencoder learns from
+
 
 @dataclass(frozen=True)
 class VaeReplay:
@@ -38,7 +44,8 @@ class VaeReplay:
     of the generator; lr_memory: of the autoencoder; lr_tune: of the latent vectors' one step. latent, memory_latent: sizes
     of the latent vectors. one_hot, entropy, activation, novelty: weights of the generator's four terms, the last where a
     student is being trained. kld: weight of the prior. temperature: of the divergence between student and teacher.
-    memory_share: part of each batch that is replayed. memory: false leaves the autoencoder out.
+    every: batches between two trainings of the generator. memory_share: replayed samples for each novel one. memory: false leaves
+    the autoencoder out.
     """
 
     count: int = 1024
@@ -46,7 +53,7 @@ class VaeReplay:
     steps: int = 100
     lr: float = 0.02
     lr_memory: float = 5e-4
-    lr_tune: float = 0.1
+    lr_tune: float = 0.02
     latent: int = 1000
     memory_latent: int = 10
     one_hot: float = 1.0
@@ -55,6 +62,7 @@ class VaeReplay:
     novelty: float = 1.0
     kld: float = 1e-5
     temperature: float = 3.0
+    every: int = 1
     memory_share: float = 0.125
     memory: bool = True
 
@@ -65,10 +73,10 @@ class VaeReplay:
     presets: ClassVar[Presets] = {
         "quick": {"count": 256, "batch_size": 128}, "standard": {"count": 512, "batch_size": 128},
     }  # fmt: skip
-    in_training: ClassVar[Mapping[str, Any]] = {"batch_size": 256, "steps": 1}
-    # Steps an epoch and weight decay: the paper is silent; those of DAFL, whose loop it extends.
+    in_training: ClassVar[Mapping[str, Any]] = {"batch_size": 256, "steps": 1, "every": 10}
+    # Steps an epoch and weight decay: the paper is silent; those of the authors' program, which takes batches of 1024.
     training: ClassVar[Training] = Training(
-        epochs=200, steps=120, batch_size=256, lr=0.1, decay=5e-4, warmup=0, clip=0.0, loss="l1",
+        epochs=200, steps=360, batch_size=256, lr=0.1, decay=5e-4, warmup=0, clip=0.0, loss="l1",
         iq=0.0, mix=0.0, pad=-1, feed="stream",
     )  # fmt: skip
 
@@ -119,44 +127,51 @@ class _Run:
         self.adam = torch.optim.Adam(self.generator.parameters(), lr=o.lr, fused=True)
         self.adam_memory = torch.optim.Adam(self.memory.parameters(), lr=o.lr_memory, fused=True)
         self.teacher = teachers(ctx)
+        self.loss = torch.zeros(())
         self.parts: dict[str, Any] = {
             "generator": self.generator, "memory": self.memory, "adam": self.adam, "adam_memory": self.adam_memory,
         }  # fmt: skip
 
     def make(self, k: int, size: int, rng: torch.Generator) -> Tensor:
-        """Batch `k`: some steps of training, then novel and memory samples."""
+        """Batch `k`: some steps of training where it is due, then novel and memory samples."""
+        o, turn = self.options, k % self.options.every
         with torch.enable_grad(), last_features(self.teacher.models[0]) as features:  # type: ignore[arg-type]
-            for step in range(self.options.steps):
-                novel, loss = self._novel_step(size, features, rng)
-                if self.options.memory:
-                    self._memory_step(novel, features, rng)
-                self.count.step(k, step, loss)
-            replayed = round(self.options.memory_share * size) if self.options.memory else 0
-            parts = [self.generator(self._noise(size, self.options.latent, rng))[: size - replayed]]
+            for step in range(o.steps):
+                if turn == 0:
+                    self.loss = self._novel_step(size, features, rng)
+                if o.memory and turn < _REHEARSED * o.every:
+                    self._memory_step(self._novel(size, rng), features, rng)
+                self.count.step(k, step, self.loss)
+            replayed = round(size * o.memory_share / (1 + o.memory_share)) if o.memory else 0
+            parts = [self._novel(size - replayed, rng)]
             if replayed:
-                parts.append(self._replay(size, rng)[:replayed])
+                parts.append(self._replay(max(replayed, 2), rng)[:replayed])
         images = self.space.place(torch.cat(parts).detach())
         if not bool(torch.isfinite(images).all()):
             raise CalibrationError("synthesis diverged: the images are not finite; lower lr")
         return images
 
+    def _novel(self, size: int, rng: torch.Generator) -> Tensor:
+        """Novel samples `[size, C, H, W]`, as they are; a lone one has no batch to be normalized by."""
+        with torch.no_grad():
+            return self.generator(self._noise(max(size, 2), self.options.latent, rng))[:size]
+
     def _noise(self, size: int, latent: int, rng: torch.Generator) -> Tensor:
         return torch.randn(size, latent, generator=rng).to(self.ctx.device)
 
-    def _novel_step(self, size: int, features: list[Tensor], rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Equations 1-3. Returns the samples, detached, and the loss."""
+    def _novel_step(self, size: int, features: list[Tensor], rng: torch.Generator) -> Tensor:
+        """Equations 1-3. Returns the loss."""
         o = self.options
-        u = self.generator(self._noise(size, o.latent, rng))
-        x = self.space.place(u)
+        x = self.space.place(self.generator(self._noise(size, o.latent, rng)))
         outputs = self.teacher(x)
-        loss = o.one_hot * average(confident, outputs) + o.entropy * average(balance, outputs)
+        loss = o.one_hot * average(confident, outputs) + o.entropy / math.log(10) * average(balance, outputs)
         loss = loss - o.activation * features[0].abs().mean()
         if self.ctx.student is not None:
-            loss = loss + o.novelty * (1 - _js(outputs[0], self.ctx.student(x), o.temperature))
+            loss = loss + o.novelty * (1 - _js(outputs[0].detach(), self.ctx.student(x), o.temperature))
         self.adam.zero_grad()
         loss.backward()
         self.adam.step()
-        return u.detach(), loss
+        return loss.detach()
 
     def _memory_step(self, novel: Tensor, features: list[Tensor], rng: torch.Generator) -> None:
         """Algorithm 1: half of the batch novel, half what the memory itself recalls."""
@@ -187,8 +202,7 @@ class _Run:
 
 
 def _js(a: Tensor, b: Tensor, temperature: float) -> Tensor:
-    """Jensen-Shannon divergence of two batches of logits, 0…1 (base 2), averaged over the batch."""
+    """Jensen-Shannon divergence of two batches of logits `[B, K]` in nats, averaged over batch and classes."""
     p, q = F.softmax(a / temperature, 1), F.softmax(b / temperature, 1)
     log_m = (0.5 * (p + q) + 1e-8).log()
-    kl = 0.5 * ((p * ((p + 1e-8).log() - log_m)).sum(1) + (q * ((q + 1e-8).log() - log_m)).sum(1))
-    return kl.mean() / torch.log(torch.tensor(2.0, device=kl.device))
+    return 0.5 * (p * ((p + 1e-8).log() - log_m) + q * ((q + 1e-8).log() - log_m)).mean()
