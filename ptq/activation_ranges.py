@@ -13,7 +13,6 @@ from ptq.evaluate import outputs, runner, sqnr_db
 from ptq.graph.batch_statistics import use_batch_statistics
 from ptq.graph.insert import insert_fake_quant
 from ptq.graph.observe import input_params, observe
-from ptq.graph.ops import input_node
 from ptq.graph.plan import QuantPlan
 from ptq.quant.affine import QParams
 from ptq.quant.ranges import Estimator
@@ -58,7 +57,7 @@ def activation_ranges(
     for estimate in estimates:
         acts = observe(watched, plan, parts, estimate, rng=make_rng(run.seed, "ranges"), device=run.device)
         if ends is not None:
-            acts |= input_params(*ends, plan, input_node(teacher).meta["value"])
+            acts |= input_params(*ends, teacher, plan, acts)
         found.append({name: q.to(run.device) for name, q in acts.items()})
     if len(found) == 1:
         return found[0]

@@ -24,7 +24,7 @@ from ptq.errors import SpecError
 from ptq.graph.blocks import input_value_node
 from ptq.graph.fold_bn import fold_batch_norm
 from ptq.graph.ops import weighted_nodes
-from ptq.graph.plan import QuantPlan, make_plan, merged_clamp
+from ptq.graph.plan import QuantPlan, activated, make_plan
 from ptq.quant.ranges import Estimator, estimators
 from ptq.run import start_run
 from ptq.sensitivity import WIDTHS, Cost, activation_costs, noise_of, weight_costs
@@ -198,7 +198,7 @@ def _settled_groups(folded: fx.GraphModule, plan: QuantPlan, rules: PlanRules) -
     if rules.edges != "all":
         values.add(inputs[str(layers[-1].target)])
     if rules.edges == "brecq":
-        values.add((merged_clamp(folded, layers[0]) or layers[0]).meta["value"])
+        values |= {node.meta["value"] for node in activated(folded, layers[0])}
     return {plan.group(v) for v in values if v in plan.values}
 
 

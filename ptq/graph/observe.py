@@ -6,12 +6,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx
 
-from ptq.graph.ops import moves, weighted_nodes
+from ptq.graph.ops import input_node, moves, weighted_nodes
 from ptq.graph.plan import QuantPlan
 from ptq.quant.affine import QParams
 from ptq.quant.ranges import Estimator, minmax, next_power_of_two
 
-# Elements kept per value, whatever the number of images; every value's minimum and maximum are kept besides.
+# Elements kept per value, whatever the number of images; every image's minimum and maximum are kept beside them, not among them:
+# what occurs once in a million elements would count for one in thousands.
 _SAMPLES = 2**18
 _LARGEST_BIAS = 2.0**29  # codes; half of what is stored, so that trained scales may still shrink
 
@@ -34,11 +35,10 @@ class _Observer(fx.Interpreter):
 
     def _sample(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1)
-        ends = torch.stack(torch.aminmax(flat))
         if flat.numel() > self.per_batch:
             pick = torch.randint(flat.numel(), (self.per_batch,), generator=self.rng)
             flat = flat[pick.to(flat.device)]
-        return torch.cat([flat, ends])
+        return flat
 
 
 def observe(
@@ -101,8 +101,22 @@ def weight_params(
     return params
 
 
-def input_params(low: float, high: float, plan: QuantPlan, name: str) -> Mapping[str, QParams]:
-    """The grid of the network's input where its valid range is known: all of low … high."""
+def input_params(
+    low: float, high: float, teacher: fx.GraphModule, plan: QuantPlan, acts: Mapping[str, QParams]
+) -> Mapping[str, QParams]:
+    """The grid of the network's input where its valid range is known: all of low … high.
+
+    acts: group name → grid, as observed. Where the input shares its grid with results of layers (a concatenation of both), it
+    covers theirs too.
+    """
+    node = input_node(teacher)
+    name = node.meta["value"]
     if name not in plan.values:
         return {}
-    return {plan.group(name): minmax(torch.tensor([low, high]), plan.values[name])}
+    group = plan.group(name)
+    others = [n for n in teacher.graph.nodes if n is not node and n.op != "output" and not moves(teacher, n)]
+    if any(n.meta["value"] in plan.values and plan.group(n.meta["value"]) == group for n in others):
+        q = acts[group]
+        ends = [float((code - q.zero_point) * q.scale) for code in (q.spec.qmin, q.spec.qmax)]
+        low, high = min(low, ends[0]), max(high, ends[1])
+    return {group: minmax(torch.tensor([low, high]), plan.values[name])}

@@ -16,6 +16,10 @@ from ptq.errors import ModelError, SpecError
 from ptq.graph.ops import find_op, input_node, output_node, weighted_nodes
 from ptq.spec import BitConfig, Override, PlanRules, QuantSpec
 
+_ACTIVATIONS = {
+    "elu", "gelu", "hard_sigmoid", "leaky_relu", "mul", "prelu", "relu", "relu6", "sigmoid", "softplus", "tanh",
+}  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class QuantPlan:
@@ -190,6 +194,16 @@ def merged_clamp(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     return users[0] if behind is not None and behind.role == "clamp" else None
 
 
+def activated(gm: fx.GraphModule, layer: fx.Node) -> set[fx.Node]:
+    """A layer's node and what activation functions alone make of it, gated ones (x · sigmoid(x)) too."""
+    found = {layer}
+    for node in gm.graph.nodes:
+        op, sources = find_op(gm, node), node.all_input_nodes
+        if op is not None and op.name in _ACTIVATIONS and sources and found.issuperset(sources):
+            found.add(node)
+    return found
+
+
 def quantized_nodes(gm: fx.GraphModule) -> list[fx.Node]:
     """The nodes whose result lies on an integer grid: all but those merged into a clamp, and the float result."""
     result = float_tail(gm)
@@ -261,12 +275,11 @@ def _width(
     asked = [override.act for layer in enters if (override := chosen[layer]).act is not None]
     if asked:  # of layers that share a tensor, the one that needs most
         return max(bits for bits in asked if bits is not None)
-    first_out = merged_clamp(gm, layers[0]) or layers[0]
     edges = rules.edges
     if (
         input_node(gm) in members
         or (edges != "all" and layers[-1] in enters)
-        or (edges == "brecq" and first_out in members)
+        or (edges == "brecq" and members & activated(gm, layers[0]))
     ):
         return bits.edge
     return bits.act if enters and bits.act is not None else rules.adds

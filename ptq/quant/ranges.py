@@ -56,8 +56,9 @@ def next_power_of_two(scale: Tensor) -> Tensor:
     return torch.where(scale > 0, torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int()), scale)
 
 
-def _bounds(flat: Tensor) -> tuple[Tensor, Tensor]:
-    low, high = torch.aminmax(flat, dim=1)
+def _bounds(flat: Tensor, ends: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Least and greatest value [C], and 0, of `flat` [C, n]; of activations, of which `flat` is a sample, those of all images."""
+    low, high = torch.aminmax(flat, dim=1) if ends is None else (ends[:, 0].min().view(1), ends[:, 1].max().view(1))
     return low.clamp_max(0), high.clamp_min(0)
 
 
@@ -72,7 +73,7 @@ def _finish(scale: Tensor, zero: Tensor, reach: Tensor, spec: QuantSpec) -> QPar
 
 def minmax(x: Tensor, spec: QuantSpec, ends: Tensor | None = None) -> QParams:
     """The whole range of `x`: the grid's ends are its minimum and maximum."""
-    low, high = _bounds(_per_channel(x, spec))
+    low, high = _bounds(_per_channel(x, spec), ends)
     return _finish(*_grid(low, high, spec), torch.maximum(high, -low), spec)
 
 
@@ -97,7 +98,7 @@ def lp(x: Tensor, spec: QuantSpec, ends: Tensor | None = None, *, p: float = 2.4
     Ref: Jeon et al., GENIE, CVPR 2023, appendix G, eq. 16; the search over ratios is BRECQ's.
     """
     flat = _per_channel(x, spec)
-    low, high = _bounds(flat)
+    low, high = _bounds(flat, ends)
     row = replace(spec, axis=0)
     even = spec.axis is None
     best_error = torch.full_like(high, torch.inf)
@@ -138,7 +139,7 @@ def kl(x: Tensor, spec: QuantSpec, ends: Tensor | None = None, *, bins: int = 20
     """
     if ends is None:
         return minmax(x, spec)
-    low, high = (float(v) for v in _bounds(x.reshape(1, -1)))
+    low, high = (float(v) for v in _bounds(x.reshape(1, -1), ends))
     if high <= low:
         return minmax(x, spec)
     counts = torch.histc(x[x != 0].float(), bins, low, high).double().cpu()

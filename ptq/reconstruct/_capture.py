@@ -3,7 +3,7 @@
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -151,15 +151,23 @@ def stored(values: list[Tensor]) -> Iterator[list[Tensor]]:
     return (list(batch) for batch in zip(*(v.split(_BATCH) for v in values)))
 
 
-def compare_all(outputs: Iterable[list[Tensor]], targets: list[Tensor]) -> tuple[float, float]:
+def channels_second(values: list[Tensor], axes: Sequence[int]) -> list[Tensor]:
+    """Views `[B, C, …]` of values whose channels are in dimensions `axes`."""
+    return [v.movedim(axis, 1) for v, axis in zip(values, axes)]
+
+
+def compare_all(outputs: Iterable[list[Tensor]], targets: list[Tensor], axes: Sequence[int]) -> tuple[float, float]:
     """`block_error` over all images of outputs that come in batches, and SQNR in dB of the first output.
+
+    axes: which dimension of each output holds its channels.
 
     SQNR: power of the teacher's value over power of the difference, 200 at most.
     """
     error = noise = signal = 0.0
     for batch, wanted in zip(outputs, stored(targets)):
         wanted = [y.to(out.device) for y, out in zip(wanted, batch)]
-        error += float(block_error(batch, wanted)) * len(wanted[0]) / len(targets[0])
+        compared = channels_second(batch, axes), channels_second(wanted, axes)
+        error += float(block_error(*compared)) * len(wanted[0]) / len(targets[0])
         noise += float((batch[0] - wanted[0]).double().square().sum())
         signal += float(wanted[0].double().square().sum())
     if noise == 0 or signal == 0:
@@ -184,7 +192,7 @@ class _SquaredError(torch.autograd.Function):
 
 
 def block_error(outputs: list[Tensor], targets: list[Tensor], fisher: list[Tensor] | None = None) -> Tensor:
-    """Squared error of a block's outputs, summed over channels, averaged over images and pixels.
+    """Squared error of a block's outputs `[B, C, …]`, summed over channels, averaged over images and pixels.
 
     fisher: weights of the elements, where there are any: squared gradients of the network's loss, of mean 1.
 

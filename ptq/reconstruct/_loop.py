@@ -17,8 +17,9 @@ from torch import Tensor, fx
 from ptq.batch_cache import BatchCache
 from ptq.contracts import Feedback, Reconstructor, make_rng
 from ptq.graph.blocks import Block, extract, input_value_node, split
+from ptq.graph.channel_axis import channel_axis
 from ptq.graph.insert import round_bias
-from ptq.graph.ops import input_node, weighted_nodes
+from ptq.graph.ops import input_node, values_of, weighted_nodes
 from ptq.precision import pays
 from ptq.quant.fake_quant import (
     ActFakeQuant,
@@ -28,7 +29,17 @@ from ptq.quant.fake_quant import (
     swap,
     weight_grid,
 )
-from ptq.reconstruct._capture import Capture, Space, compare_all, outputs_of, picked, quantized_input, run_all, stored
+from ptq.reconstruct._capture import (
+    Capture,
+    Space,
+    channels_second,
+    compare_all,
+    outputs_of,
+    picked,
+    quantized_input,
+    run_all,
+    stored,
+)
 from ptq.reconstruct._checkpoint import keep, restore
 from ptq.reconstruct._fisher import fisher_weights
 from ptq.reconstruct._precision import in_bfloat16
@@ -101,7 +112,7 @@ def _blocks(
             report = BlockReport(**found)
             feedback.progress("reconstruction", (k + 1) * method.steps, len(blocks) * method.steps)
         else:
-            error, sqnr = compare_all(stored(outputs), job.targets)
+            error, sqnr = compare_all(stored(outputs), job.targets, job.axes)
             seconds = round(time.perf_counter() - start, 3)
             report = BlockReport(block.name, block.layers, job.nearest_error, error, kept, sqnr, seconds)
             keep(cache, k, student, block, asdict(report))
@@ -125,6 +136,8 @@ class _Job:
         self.space, self.half = space, half
         self.teacher_in, self.student_in = teacher_values.inputs(block), student_values.inputs(block)
         self.targets = run_all(extract(teacher, block.inputs, block.outputs), self.teacher_in, device, space)
+        nodes = values_of(teacher)
+        self.axes = [channel_axis(teacher, nodes[name]) for name in block.outputs]
         self.fisher: list[Tensor] | None = None
         self.module = extract(student, block.inputs, block.outputs)
         layers = [student.get_submodule(path) for path in block.layers]
@@ -135,7 +148,7 @@ class _Job:
         """The block's error with biases on the accumulator's grid, as they will be; afterwards they are float again."""
         biases = [None if layer.bias is None else layer.bias.detach().clone() for layer in self.layers]  # pyright: ignore[reportCallIssue]
         _round_biases(self.student, self.block)
-        error, _ = compare_all(outputs_of(self.module, self.student_in, self.device), self.targets)
+        error, _ = compare_all(outputs_of(self.module, self.student_in, self.device), self.targets, self.axes)
         for layer, bias in zip(self.layers, biases):
             if bias is not None:
                 swap(layer, "bias", FloatBias(), bias)
@@ -232,11 +245,14 @@ def _step(
     def batch(values: list[Tensor]) -> list[Tensor]:
         return [picked(v, pick).to(job.device) for v in values]
 
+    def compared(values: list[Tensor]) -> list[Tensor]:
+        return channels_second(values, job.axes)
+
     seen = [method.mix(t, s, rng) for t, s in zip(batch(job.teacher_in), batch(job.student_in))]
     with torch.autocast(job.device.type, torch.bfloat16, enabled=job.half):
         outputs = job.module(*seen)
-    fisher = None if job.fisher is None else batch(job.fisher)
-    loss = method.loss(job.module, list(outputs), batch(job.targets), fisher, progress)
+    fisher = None if job.fisher is None else compared(batch(job.fisher))
+    loss = method.loss(job.module, compared(list(outputs)), compared(batch(job.targets)), fisher, progress)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()

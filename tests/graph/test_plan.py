@@ -117,6 +117,24 @@ def test_adds_of_a_residual_net():
     assert {v for v, spec in plan.values.items() if spec.bits == 6} == feeding_adds_and_pools
 
 
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6(), nn.SiLU(), nn.Hardswish(), nn.LeakyReLU(), nn.GELU()])
+def test_first_output_is_what_its_activation_yields(activation: nn.Module):
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        activation,
+        nn.Conv2d(4, 4, 3),
+        activation,
+        nn.Conv2d(4, 4, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
+    gm = trace(net, (3, 8, 8))
+    enters = [n.all_input_nodes[0].meta["value"] for n in weighted_nodes(gm)]
+    for edges, wanted in (("brecq", [8, 8, 8]), ("qdrop", [8, 4, 8])):
+        plan = _plan(gm, "w4a4", edges=edges)
+        assert [plan.values[name].bits for name in enters] == wanted
+
+
 @pytest.mark.parametrize("name", ZOO)
 def test_edges(name: str):
     """brecq: first and last layer, first output and last input wide; qdrop: not the first output; all: none of them."""

@@ -87,10 +87,10 @@ def test_memory_is_given_back(monkeypatch: pytest.MonkeyPatch):
 def test_errors_in_batches_are_those_of_the_whole():
     rng = torch.Generator().manual_seed(0)
     y, out = torch.randn(130, 4, 5, 5, generator=rng), torch.randn(130, 4, 5, 5, generator=rng)
-    error, decibels = compare_all(stored([out]), [y])
+    error, decibels = compare_all(stored([out]), [y], [1])
     assert error == pytest.approx(float(block_error([out], [y])), rel=1e-5)
     assert decibels == pytest.approx(10 * float(torch.log10(y.square().sum() / (out - y).square().sum())), abs=1e-4)
-    assert compare_all(stored([y]), [y]) == (0.0, 200.0)
+    assert compare_all(stored([y]), [y], [1]) == (0.0, 200.0)
 
 
 def test_images_lie_channels_last_and_are_picked_whole():
@@ -105,3 +105,10 @@ def test_images_lie_channels_last_and_are_picked_whole():
     assert torch.equal(picked(flat, pick), flat[pick])
     space.free(held)
     assert space.used == 0
+
+
+def test_error_sums_over_channels_wherever_they_are():
+    y = torch.zeros(2, 7, 5, 96)  # [B, H, W, C]
+    error, _ = compare_all(stored([y + 1]), [y], [3])
+    assert error == pytest.approx(96)
+    assert compare_all(stored([y.movedim(3, 1) + 1]), [y.movedim(3, 1)], [1])[0] == pytest.approx(96)
