@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def duplicates(x: Tensor, n: int, rng: torch.Generator) -> Tensor:
-    """`n` copies `[n·B, C, H, W]` of `[B, C, H, W]`, each under a random flip, crop-resize and cutout.
+    """`n` copies `[n·B, C, H, W]` of `[B, C, H, W]`, each under some of flip, crop-resize and cutout, with one chance in two each.
 
     Every pixel then gets the mean gradient of n views. For n = 1, the images as they are.
 
@@ -16,9 +16,13 @@ def duplicates(x: Tensor, n: int, rng: torch.Generator) -> Tensor:
 
 
 def flip_and_crop(x: Tensor, rng: torch.Generator, least: float = 0.75) -> Tensor:
-    """Half of the images mirrored; of each, a window of `least`…1 of its sides, resized to the whole."""
+    """Half of the images mirrored; of half, a window of `least`…1 of its sides, resized to the whole.
+
+    The others keep their finest detail, which resizing smoothes: statistics of smoothed views alone would not be the images' own.
+    """
     count = len(x)
-    side = least + (1 - least) * torch.rand(count, generator=rng)
+    cut = (torch.rand(count, generator=rng) < 0.5).float()
+    side = 1 - cut * (1 - least) * torch.rand(count, generator=rng)
     shift = (1 - side[:, None]) * (2 * torch.rand(count, 2, generator=rng) - 1)
     mirror = 1.0 - 2.0 * (torch.rand(count, generator=rng) < 0.5)
     theta = torch.zeros(count, 2, 3)
@@ -30,9 +34,10 @@ def flip_and_crop(x: Tensor, rng: torch.Generator, least: float = 0.75) -> Tenso
 def cutout(x: Tensor, rng: torch.Generator, most: float = 0.25) -> Tensor:
     """Half of the images with a rectangle of up to `most` of their sides set to 0."""
     count, _, height, width = x.shape
+    cut = torch.rand(count, 1, generator=rng) < 0.5
     masks = []
     for size in (height, width):
-        length = torch.rand(count, 1, generator=rng) * most * size * (torch.rand(count, 1, generator=rng) < 0.5)
+        length = torch.rand(count, 1, generator=rng) * most * size * cut
         start = torch.rand(count, 1, generator=rng) * (size - length)
         at = torch.arange(size).view(1, -1)
         masks.append((at >= start.floor()) & (at < start.floor() + length.round()))

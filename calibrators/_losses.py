@@ -110,13 +110,22 @@ def _norm(v: Tensor) -> Tensor:
 
 
 def image_std_loss(x: Tensor) -> Tensor:
-    """Each image's mean towards 0 and deviation towards 1, per channel: the input as one more layer of statistics."""
+    """Each image's mean towards 0 and deviation towards 1, per channel.
+
+    Ref: the GENIE authors' program. Differs: the mean over channels, as for layers, where it takes the sum.
+    """
     var, mean = torch.var_mean(x, dim=(2, 3), correction=0)
     return mean.square().mean() + ((var + EPS).sqrt() - 1).square().mean()
 
 
+def input_moments(x: Tensor) -> Tensor:
+    """`moment_loss` of the input, as one more layer: normalized images over the batch, against mean 0 and deviation 1."""
+    mean, var = moments(x)
+    return mean.square().mean() + ((var + EPS).sqrt() - 1).square().mean()
+
+
 def input_kl(x: Tensor) -> Tensor:
-    """The same for the divergence: normalized images over the batch, against N(0, 1)."""
+    """The same for the divergence: against N(0, 1)."""
     mean, var = moments(x)
     return gaussian_kl(torch.zeros_like(mean), torch.ones_like(var), mean, var).mean()
 

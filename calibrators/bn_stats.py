@@ -16,7 +16,7 @@ import torch
 from ptq.calibrators._augment import duplicates
 from ptq.calibrators._classifier import average, balanced_labels, common_classes
 from ptq.calibrators._input_space import Space, pixel_space
-from ptq.calibrators._losses import image_std_loss, inception, input_kl, kl_loss, moment_loss, smoothness
+from ptq.calibrators._losses import inception, input_kl, input_moments, kl_loss, moment_loss, smoothness
 from ptq.calibrators._pixels import fit_pixels
 from ptq.calibrators._progress import StepCount
 from ptq.calibrators._teachers import teachers
@@ -107,7 +107,7 @@ class BnStats:
     def _statistics(self, taps: Taps, views: Tensor) -> Tensor:
         """The mean over layers, the normalized input as one more of them."""
         layers = len(taps.seen)
-        rest, first = (kl_loss, input_kl) if self.objective == "kl" else (moment_loss, image_std_loss)
+        rest, first = (kl_loss, input_kl) if self.objective == "kl" else (moment_loss, input_moments)
         return (layers * rest(taps) + first(views)) / (layers + 1)
 
     @classmethod

@@ -75,9 +75,9 @@ class Nayer:
         "standard": {"count": 512, "batch_size": 128, "steps": 60, "warmup": 6},
     }
     in_training: ClassVar[Mapping[str, Any]] = {"batch_size": 400, "steps": 30, "warmup": 0}
-    # Of its 100 epochs, 20 only fill the memory pool, 10 rounds each. Temperature as in the authors' program.
+    # Before its 100 epochs, 20 only fill the memory pool, 10 rounds each. Temperature, rate and decay: the authors' program.
     training: ClassVar[Training] = Training(
-        epochs=80, steps=400, batch_size=512, lr=0.1, warmup=0, clip=0.0, temperature=20.0, iq=0.0, mix=0.0, pad=4,
+        epochs=100, steps=400, batch_size=512, lr=0.2, decay=1e-4, warmup=0, clip=0.0, temperature=20.0, iq=0.0, mix=0.0, pad=4,
         feed="pool", first_rounds=200, rounds=2,
     )  # fmt: skip
 

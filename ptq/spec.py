@@ -148,7 +148,8 @@ class PlanRules:
 
     edges: "brecq" keeps 8 bits (`BitConfig.edge`) for the first and last layer's weights, the first layer's output and
         the last layer's input; "qdrop" is the same without the first output; "all" gives every layer the low width.
-        (BRECQ, QDrop and AIT/GDFQ settings; GENIE, appendix C.)
+        (BRECQ, QDrop and AIT/GDFQ settings; GENIE, appendix C. Differs: "all" has the low width between layers without an
+        activation function too, where GDFQ leaves floats, which an integer runtime cannot.)
     adds: bits of the tensors that enter no convolution or linear layer (they only feed additions and pools).
     weights: "symmetric", "asymmetric" (a zero point per channel), or "auto": asymmetric below `asymmetric_below` bits, as
         GENIE-M does; wider ones symmetric, which integer kernels run faster.

@@ -32,7 +32,8 @@ class Brecq:
     Differs: the Fisher weights need no labels: those are drawn from the teacher's own prediction, which is the definition of
     the Fisher information; weights are scaled to mean 1 per block, so that λ keeps its meaning. Activation scales are trained
     with the weights, not after them. At fewer than `full_steps` steps the soft bits' rate is higher, see
-    `_soft_round.sped_up`; λ as in the runs of GENIE's authors. A scale moves by at most `scale_step` of itself a step.
+    `_soft_round.sped_up`; λ as in the runs of GENIE's authors. A scale moves by at most `scale_step` of itself a step. Whether a
+    fit or nearest rounding is kept is decided by the plain squared error, with which methods can be compared.
     """
 
     steps: int = 20000

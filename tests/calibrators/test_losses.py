@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from ptq.calibrators._losses import (
     PastStatistics,
+    image_std_loss,
     inception,
     input_kl,
+    input_moments,
     kl_loss,
     moment_loss,
     smooth,
@@ -83,6 +85,11 @@ def test_taps_leave_no_hook_and_name_a_way_out():
 def test_input_divergence():
     x = torch.randn(512, 3, 16, 16)
     assert float(input_kl(x)) < 1e-3 < float(input_kl(x + 1)) and float(input_kl(3 * x)) > 0.1
+    assert float(input_moments(x)) < 1e-3 and float(input_moments(x + 1)) == pytest.approx(1, abs=0.02)
+    assert float(input_moments(3 * x)) == pytest.approx(4, abs=0.05)
+    # Images that differ among themselves are no error: the batch is what is matched.
+    spread = torch.randn(512, 3, 1, 1) * 0.8 + torch.randn(512, 3, 16, 16) * 0.6
+    assert float(input_moments(spread)) < 0.02 < float(image_std_loss(spread))
     # N(0, 1) against N(1, 1): half a squared deviation
     assert float(input_kl(x + 1)) == pytest.approx(0.5, abs=0.02)
 
