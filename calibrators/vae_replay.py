@@ -80,6 +80,12 @@ class VaeReplay:
         iq=0.0, mix=0.0, pad=-1, feed="stream",
     )  # fmt: skip
 
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.memory_share < 0:
+            raise CalibrationError(
+                f"every={self.every}, memory_share={self.memory_share} given; every is at least 1, memory_share at least 0"
+            )
+
     def batches(self, ctx: CalibrationContext) -> Iterator[Tensor]:
         """Batches [B, C, H, W]; see `ptq.contracts.Calibrator`."""
         common_classes((ctx.model, *ctx.others))
@@ -127,7 +133,6 @@ class _Run:
         self.adam = torch.optim.Adam(self.generator.parameters(), lr=o.lr, fused=True)
         self.adam_memory = torch.optim.Adam(self.memory.parameters(), lr=o.lr_memory, fused=True)
         self.teacher = teachers(ctx)
-        self.loss = torch.zeros(())
         self.parts: dict[str, Any] = {
             "generator": self.generator, "memory": self.memory, "adam": self.adam, "adam_memory": self.adam_memory,
         }  # fmt: skip
@@ -138,10 +143,9 @@ class _Run:
         with torch.enable_grad(), last_features(self.teacher.models[0]) as features:  # type: ignore[arg-type]
             for step in range(o.steps):
                 if turn == 0:
-                    self.loss = self._novel_step(size, features, rng)
+                    self.count.step(k, step, self._novel_step(size, features, rng))
                 if o.memory and turn < _REHEARSED * o.every:
                     self._memory_step(self._novel(size, rng), features, rng)
-                self.count.step(k, step, self.loss)
             replayed = round(size * o.memory_share / (1 + o.memory_share)) if o.memory else 0
             parts = [self._novel(size - replayed, rng)]
             if replayed:

@@ -97,7 +97,7 @@ def quantize(
         target: an exporter to check the plan against before any work is spent, such as "onnx_qdq".
         teachers: further trained networks that take the same inputs; synthetic images are then made to suit all.
         mean, std: the normalization that inputs carry, per channel, `(pixel / 255 - mean) / std`; where known, the input's
-            grid covers exactly the valid pixels.
+            grid covers the valid pixels.
         seed: of every random choice. device: where the work is done. source: what the manifest calls the network.
         cache: folder that keeps finished batches of images; a run that was interrupted goes on from there.
         cache_memory: gigabytes of host memory for what blocks see, the rest goes to disk; default: a quarter of what is free.

@@ -22,7 +22,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests that take minutes run where they are asked for."""
-    if not config.getoption("--long"):
+    if config.getoption("--rewrite-tables", default=False) and "PYTEST_XDIST_WORKER" in os.environ:
+        raise pytest.UsageError(
+            "--rewrite-tables given to several processes, which would write over one another's rows; add -n0"
+        )
+    if not config.getoption("--long", default=False):
         for item in items:
             if item.get_closest_marker("long"):
                 item.add_marker(pytest.mark.skip(reason="takes minutes: runs with --long"))

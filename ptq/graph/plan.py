@@ -17,7 +17,8 @@ from ptq.graph.ops import find_op, input_node, output_node, weighted_nodes
 from ptq.spec import BitConfig, Override, PlanRules, QuantSpec
 
 _ACTIVATIONS = {
-    "elu", "gelu", "hard_sigmoid", "leaky_relu", "mul", "prelu", "relu", "relu6", "sigmoid", "softplus", "tanh",
+    "add_constant", "elu", "gelu", "hard_sigmoid", "leaky_relu", "mul", "mul_constant", "prelu", "relu", "relu6", "sigmoid",
+    "softplus", "tanh",
 }  # fmt: skip
 
 
@@ -93,8 +94,9 @@ def make_plan(gm: fx.GraphModule, bits: BitConfig, rules: PlanRules) -> QuantPla
     positive = _nonnegative(gm)
     values: dict[str, QuantSpec] = {}
     shifts = rules.scales == "power_of_two"
+    wide = {input_node(gm)} | (activated(gm, layers[0]) if rules.edges == "brecq" else set())
     for members in groups:
-        width = _width(gm, members, layers, chosen, bits, rules)
+        width = _width(members, layers, wide, chosen, bits, rules)
         if rules.activations == "signed":
             spec = QuantSpec(width, signed=True, symmetric=True, power_of_two=shifts)
         else:  # both kinds of grid have unsigned codes; a tensor with negative values has a zero point instead
@@ -195,7 +197,7 @@ def merged_clamp(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
 
 
 def activated(gm: fx.GraphModule, layer: fx.Node) -> set[fx.Node]:
-    """A layer's node and what activation functions alone make of it, gated ones (x · sigmoid(x)) too."""
+    """A layer's node and what activation functions alone make of it, gated ones (x · sigmoid(x), x · relu6(x + 3) / 6) too."""
     found = {layer}
     for node in gm.graph.nodes:
         op, sources = find_op(gm, node), node.all_input_nodes
@@ -267,7 +269,7 @@ def _nonnegative(gm: fx.GraphModule) -> dict[fx.Node, bool]:
 
 
 def _width(
-    gm: fx.GraphModule, members: Iterable[fx.Node], layers: list[fx.Node], chosen: Mapping[fx.Node, Override],
+    members: Iterable[fx.Node], layers: list[fx.Node], wide: set[fx.Node], chosen: Mapping[fx.Node, Override],
     bits: BitConfig, rules: PlanRules,
 ) -> int:  # fmt: skip
     members = set(members)
@@ -275,11 +277,6 @@ def _width(
     asked = [override.act for layer in enters if (override := chosen[layer]).act is not None]
     if asked:  # of layers that share a tensor, the one that needs most
         return max(bits for bits in asked if bits is not None)
-    edges = rules.edges
-    if (
-        input_node(gm) in members
-        or (edges != "all" and layers[-1] in enters)
-        or (edges == "brecq" and members & activated(gm, layers[0]))
-    ):
+    if members & wide or (rules.edges != "all" and layers[-1] in enters):
         return bits.edge
     return bits.act if enters and bits.act is not None else rules.adds

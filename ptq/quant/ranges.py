@@ -123,6 +123,8 @@ def percentile(x: Tensor, spec: QuantSpec, ends: Tensor | None = None, *, share:
         return minmax(x, spec)
     ordered = x.reshape(-1).sort().values
     beyond = int((1 - share / 100) * len(ordered))
+    if beyond == 0:
+        return minmax(x, spec, ends)
     return minmax(ordered[[beyond, len(ordered) - 1 - beyond]], spec)
 
 
@@ -141,7 +143,7 @@ def kl(x: Tensor, spec: QuantSpec, ends: Tensor | None = None, *, bins: int = 20
         return minmax(x, spec)
     low, high = (float(v) for v in _bounds(x.reshape(1, -1), ends))
     if high <= low:
-        return minmax(x, spec)
+        return minmax(x, spec, ends)
     counts = torch.histc(x[x != 0].float(), bins, low, high).double().cpu()
     zero = min(bins - 1, int(bins * (0 - low) / (high - low)))  # the bin that holds 0 stays inside every range
     levels, best, least = spec.qmax - spec.qmin + 1, 1.0, math.inf

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from ptq.calibrators import vae_replay
 from ptq.calibrators._classifier import balance, balanced_labels, class_rows, last_features
 from ptq.calibrators._generators import ConvGenerator, Encoder
 from ptq.calibrators._label_embeddings import label_embeddings
@@ -19,6 +20,7 @@ from ptq.calibrators.zeroq import ZeroQ
 from torch import Tensor, nn
 
 import ptq
+from ptq.batch_cache import BatchCache
 from ptq.contracts import CalibrationContext, Feedback, make_rng
 from ptq.errors import CalibrationError
 from tests.stages import prepare
@@ -250,6 +252,52 @@ def test_memory_learns_what_it_is_shown():
         adam.step()
         errors.append(float(loss.detach()))
     assert errors[-1] < 0.8 * errors[0]
+
+
+def test_generator_is_trained_every_few_batches(monkeypatch: pytest.MonkeyPatch):
+    """PRE-DFKD's authors: ten batches between two steps of the generator, the autoencoder in the first four."""
+    novel, memory, batches = [], [], []
+    source = VaeReplay(count=40, batch_size=2, steps=1, every=10, latent=4, memory_latent=2)
+    for name, calls in (("_novel_step", novel), ("_memory_step", memory)):
+        original = getattr(vae_replay._Run, name)
+
+        def watched(self, *args, original=original, calls=calls):
+            calls.append(len(batches))
+            return original(self, *args)
+
+        monkeypatch.setattr(vae_replay._Run, name, watched)
+    for batch in source.batches(_context(source)):
+        batches.append(batch)
+    assert novel == [0, 10] and memory == [0, 1, 2, 3, 10, 11, 12, 13]
+
+
+def test_training_goes_on_between_two_turns_of_the_generator(tmp_path):
+    source = VaeReplay(count=16, batch_size=2, steps=1, every=4, latent=4, memory_latent=2)
+    whole = list(source.batches(_context(source)))
+    first = source.batches(_context(source, cache=BatchCache(tmp_path)))
+    for _ in range(6):  # stopped in the middle of the second turn
+        next(first)
+    again = list(source.batches(_context(source, cache=BatchCache(tmp_path))))
+    assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+
+
+@pytest.mark.parametrize(("share", "replayed"), [(0.125, 2), (1.0, 9), (0.0, 0)])
+def test_share_is_of_replayed_samples_to_novel_ones(share: float, replayed: int, monkeypatch: pytest.MonkeyPatch):
+    asked, original = [], vae_replay._Run._replay
+
+    def watched(self, size, rng):
+        asked.append(size)
+        return original(self, size, rng)
+
+    monkeypatch.setattr(vae_replay._Run, "_replay", watched)
+    source = VaeReplay(count=18, batch_size=18, steps=1, latent=4, memory_latent=2, memory_share=share)
+    assert len(_images(source)) == 18 and asked == ([replayed] if replayed else [])
+
+
+def test_nonsense_is_refused():
+    for options in ({"every": 0}, {"memory_share": -0.1}):
+        with pytest.raises(CalibrationError, match="at least"):
+            VaeReplay(**options)
 
 
 def test_replayed_samples_are_part_of_a_batch():

@@ -62,11 +62,11 @@ def test_family(name: str, bits: str, request: pytest.FixtureRequest):
     row = families.covered(name, bits)
     assert row["traced"] == row["quantized"] == "yes", row["why not"]
     found = families.cells(row)
-    if request.config.getoption("rewrite_tables"):
+    if request.config.getoption("rewrite_tables", default=False):
         _rewrite(name, bits, found)
     told = _line(TABLE.read_text(), name)[_place(bits)]
-    if name in WITH_REGIONS:
-        assert found[:-1] == told[:-1]
+    if name in WITH_REGIONS:  # which files are refused depends on it too
+        assert row["exported"] == "no" or found[:-1] == told[:-1]
     else:
         assert found == told
         # Not one output differs: where no integer kernel is, the runtime's float arithmetic is known.

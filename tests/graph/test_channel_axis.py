@@ -21,6 +21,9 @@ class _Tokens(nn.Module):
         x = self.patches(x)
         if self.stage == "conv":
             return x
+        if self.stage == "stream":
+            x = x.flatten(2).transpose(1, 2)
+            return x + self.norm(x) * 2.0
         x = x.permute(0, 2, 3, 1)
         if self.stage == "permuted":
             return x
@@ -32,7 +35,7 @@ class _Tokens(nn.Module):
 
 @pytest.mark.parametrize(
     ("stage", "axis", "channels"),
-    [("conv", 1, 6), ("permuted", 3, 6), ("linear", 3, 10), ("tokens", 2, 10), ("back", 1, 10)],
+    [("conv", 1, 6), ("permuted", 3, 6), ("linear", 3, 10), ("tokens", 2, 10), ("back", 1, 10), ("stream", 2, 6)],
 )
 def test_axis(stage: str, axis: int, channels: int):
     gm = trace(_Tokens(stage), (3, 8, 8))

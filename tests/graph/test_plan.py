@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from ptq.errors import ModelError, SpecError
 from ptq.graph.fold_bn import fold_batch_norm
@@ -117,7 +117,16 @@ def test_adds_of_a_residual_net():
     assert {v for v, spec in plan.values.items() if spec.bits == 6} == feeding_adds_and_pools
 
 
-@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6(), nn.SiLU(), nn.Hardswish(), nn.LeakyReLU(), nn.GELU()])
+class _HardSwish(nn.Module):
+    """Written out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * nn.functional.relu6(x + 3) / 6
+
+
+@pytest.mark.parametrize(
+    "activation", [nn.ReLU(), nn.ReLU6(), nn.SiLU(), nn.Hardswish(), nn.LeakyReLU(), nn.GELU(), _HardSwish()]
+)
 def test_first_output_is_what_its_activation_yields(activation: nn.Module):
     net = nn.Sequential(
         nn.Conv2d(3, 4, 3),

@@ -175,6 +175,12 @@ def test_norms_are_tried_on_activations_only():
     assert all(torch.equal(f(weight, per_row, None).scale, lp(weight, per_row).scale) for f in estimators("lp_best"))
 
 
+def test_percentile_100_is_the_whole_range():
+    x, spec, ends = torch.rand(1000), QuantSpec(8, False, False), torch.tensor([[-3.0, 50.0]])
+    assert torch.equal(percentile(x, spec, ends, share=100).scale, minmax(x, spec, ends).scale)
+    assert float(minmax(x, spec, ends).scale) == pytest.approx(53 / 255)
+
+
 def test_percentile_leaves_out_the_ends():
     x = torch.linspace(0, 1, 10_001)
     spec, ends = QuantSpec(8, False, True), torch.tensor([[0.0, 1.0]])
