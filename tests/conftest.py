@@ -20,12 +20,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rewrite-tables", action="store_true", help="tests that hold a table to their findings write it")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Rows are written one after the other."""
+    if config.getoption("--rewrite-tables", default=False) and getattr(config.option, "numprocesses", None):
+        raise pytest.UsageError(
+            "--rewrite-tables asked for in several processes, which would write over one another; add -n0"
+        )
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests that take minutes run where they are asked for."""
-    if config.getoption("--rewrite-tables", default=False) and "PYTEST_XDIST_WORKER" in os.environ:
-        raise pytest.UsageError(
-            "--rewrite-tables given to several processes, which would write over one another's rows; add -n0"
-        )
     if not config.getoption("--long", default=False):
         for item in items:
             if item.get_closest_marker("long"):
