@@ -115,13 +115,17 @@ def image_std_loss(x: Tensor) -> Tensor:
     Ref: the GENIE authors' program. Differs: the mean over channels, as for layers, where it takes the sum.
     """
     var, mean = torch.var_mean(x, dim=(2, 3), correction=0)
+    return _from_normalized(mean, var)
+
+
+def _from_normalized(mean: Tensor, var: Tensor) -> Tensor:
+    """Mean square distance of means to 0 and deviations to 1."""
     return mean.square().mean() + ((var + EPS).sqrt() - 1).square().mean()
 
 
 def input_moments(x: Tensor) -> Tensor:
     """`moment_loss` of the input, as one more layer: normalized images over the batch, against mean 0 and deviation 1."""
-    mean, var = moments(x)
-    return mean.square().mean() + ((var + EPS).sqrt() - 1).square().mean()
+    return _from_normalized(*moments(x))
 
 
 def input_kl(x: Tensor) -> Tensor:

@@ -65,18 +65,15 @@ def test_family(name: str, bits: str, request: pytest.FixtureRequest):
     if request.config.getoption("rewrite_tables", default=False):
         _rewrite(name, bits, found)
     told = _line(TABLE.read_text(), name)[_place(bits)]
-    exported, layers, regions, _, differing = zip(found, told, strict=True)  # a step or none: the processor's to say
-    if name in WITH_REGIONS:  # and so are which files are refused
-        assert row["exported"] == "no" or (
-            exported[0] == exported[1] and layers[0] == layers[1] and regions[0] == regions[1]
-        )
-    else:
-        assert all(a == b for a, b in (exported, layers, regions, differing))
+    if told[0] != "yes":  # a file that was refused for how it rounds may pass on another processor
+        assert name in WITH_REGIONS
+        return
+    assert found[:3] == told[:3]  # not the step: none or one is the processor's to say
+    done, _, planned = row["integer layers"].partition(" of ")
+    assert done == planned and row["float layers"] == 0 and row["worst steps"] <= 1
+    if name not in WITH_REGIONS:
         # Not one output differs: where no integer kernel is, the runtime's float arithmetic is known.
-        assert row["differing outputs"].startswith("0 of ")
-    if row["exported"] == "yes":
-        done, _, planned = row["integer layers"].partition(" of ")
-        assert done == planned and row["float layers"] == 0 and row["worst steps"] <= 1
+        assert found[4] == told[4] and told[4].startswith("0 of ")
 
 
 def test_the_table_has_every_family():
