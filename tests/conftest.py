@@ -16,7 +16,6 @@ _DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """What a run of the suite may be asked for beside tests."""
-    parser.addoption("--long", action="store_true", help="also run the tests that take minutes each")
     parser.addoption("--rewrite-tables", action="store_true", help="tests that hold a table to their findings write it")
 
 
@@ -26,14 +25,6 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(
             "--rewrite-tables asked for in several processes, which would write over one another; add -n0"
         )
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that take minutes run where they are asked for."""
-    if not config.getoption("--long", default=False):
-        for item in items:
-            if item.get_closest_marker("long"):
-                item.add_marker(pytest.mark.skip(reason="takes minutes: runs with --long"))
 
 
 @pytest.fixture(params=_DEVICES)

@@ -1,6 +1,6 @@
 """Networks of torchvision, random weights, through everything: whatever comes out computes what was simulated.
 
-Writes the table of benchmarks/README.md, with `pytest tests/exporters/test_families.py --long --rewrite-tables`, and holds it to
+Writes the table of benchmarks/README.md, with `pytest tests/exporters/test_families.py -m slow --rewrite-tables`, and holds it to
 what is found without.
 """
 
