@@ -96,7 +96,7 @@ def _global_mean(b: Builder, node: fx.Node, out: str) -> str:
     dequantize = next(n for n in reversed(b.nodes) if n.output[0] == source)
     if len(node.all_input_nodes[0].users) == 1:
         b.nodes.remove(dequantize)  # nobody reads it any more
-    one = b.constant("one", np.array(1, dtype=np.float32))
+    one = b.constant("float.one", np.array(1, dtype=np.float32))
     codes = b.add("DequantizeLinear", [dequantize.input[0], one, dequantize.input[2]], f"{out}.whole")
     mean = b.add("GlobalAveragePool", [codes], f"{out}.mean")
     return b.add("Mul", [mean, dequantize.input[1]], out)
@@ -220,6 +220,13 @@ def _softplus(b: Builder, node: fx.Node, out: str) -> str:
     return b.add("Div", [soft, factor], out)
 
 
+def _softmax(b: Builder, node: fx.Node, out: str) -> str:
+    """In float: onnxruntime's kernel for codes yields 0 on grids finer than 1/256. A sum of one tensor keeps it away."""
+    kept = not is_read_as_float(b.gm, node)
+    soft = b.add("Softmax", b.inputs(node), f"{out}.float" if kept else out, axis=b.module(node).dim)
+    return b.add("Sum", [soft], out) if kept else soft
+
+
 def _prelu(b: Builder, node: fx.Node, out: str) -> str:
     slope = b.module(node).weight.detach().cpu().numpy()
     rank = len(node.meta["shape"])  # channels come first, behind the batch
@@ -274,7 +281,7 @@ EMITTERS: dict[str, Callable[[Builder, fx.Node, str], str]] = {
     "sigmoid": _plain("Sigmoid"), "hard_sigmoid": _plain("HardSigmoid", lambda m: {"alpha": 1 / 6, "beta": 0.5}),
     "elu": _plain("Elu", lambda m: {"alpha": float(m.alpha)}), "prelu": _prelu, "layer_norm": _layer_norm,  # type: ignore[arg-type]
     "group_norm": _group_norm, "softplus": _softplus,
-    "softmax": _plain("Softmax", lambda m: {"axis": m.dim}), "log_softmax": _plain("LogSoftmax", lambda m: {"axis": m.dim}),  # type: ignore[dict-item]
+    "softmax": _softmax, "log_softmax": _plain("LogSoftmax", lambda m: {"axis": m.dim}),  # type: ignore[dict-item]
     "conv_transpose": _conv_transpose, "add_constant": _with_constant("Add"), "mul_constant": _with_constant("Mul"),
     "adaptive_average": _adaptive_average, "resize_bilinear": _resize_bilinear, "resize_nearest": _resize_nearest,
     "float_region": float_region, "move_region": region,

@@ -27,7 +27,7 @@ LAYERS = {
     "ptq.loading": 3, "ptq.pictures": 3, "ptq.precision": 3,
     "ptq.graph": 2,
     "ptq.quant": 1,
-    "ptq.spec": 0, "ptq.errors": 0,
+    "ptq.spec": 0, "ptq.errors": 0, "ptq.integrity": 0,
 }  # fmt: skip
 PLUGINS = ("ptq.calibrators", "ptq.reconstruct", "ptq.finish", "ptq.exporters")
 # The loop that drives a rounding method is shared machinery, of which there is one; methods are found by name.

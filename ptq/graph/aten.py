@@ -7,9 +7,12 @@ toolkit sees one kind of graph.
 """
 
 import copy
+import io
+import logging
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -33,8 +36,9 @@ def _transposed(call: Call) -> list[Any]:
 
 
 def _reversed(call: Call) -> list[Any]:
-    """aten.rsub(x, other): other - x."""
-    return constant.subtract(Call((call.get(1, "other"), call.args[0]), {}, call.shape, call.out))
+    """aten.rsub(x, other): other - αx."""
+    alpha = call.get(2, "alpha", 1)
+    return constant.subtract(Call((call.get(1, "other"), call.args[0]), {"alpha": alpha}, call.shape, call.out))
 
 
 def _instance_norm(call: Call) -> list[Any]:
@@ -98,7 +102,7 @@ def exported(model: nn.Module, example: Tensor, *, functional: bool = False) -> 
     Raises:
         Exception: whatever `torch.export` raises for a network it does not take either.
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _silenced():
         warnings.simplefilter("ignore")
         program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False)
         if functional:
@@ -107,6 +111,27 @@ def exported(model: nn.Module, example: Tensor, *, functional: bool = False) -> 
     if functional:
         _restore(gm)
     return gm
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Nothing of what torch prints and logs of a network that it cannot export: the error says it."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
+
+
+def fixed_batch(model: nn.Module) -> int | None:
+    """The number of images that an exported network was exported for, where it is one."""
+    if not is_exported(model):
+        return None
+    inputs = model.graph.find_nodes(op="placeholder")  # type: ignore[union-attr, operator]
+    example = inputs[0].meta.get("val") if inputs else None
+    return example.shape[0] if isinstance(example, Tensor) and isinstance(example.shape[0], int) else None
 
 
 def _restore(gm: fx.GraphModule) -> None:

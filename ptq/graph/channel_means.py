@@ -29,7 +29,7 @@ def expected_means(teacher: fx.GraphModule) -> dict[str, Tensor]:
     normals: dict[fx.Node, tuple[Tensor, Tensor]] = {}
     for node in teacher.graph.nodes:
         module = teacher.get_submodule(str(node.target)) if node.op == "call_module" else None
-        op, inputs = find_op(teacher, node), node.all_input_nodes
+        op, inputs = find_op(teacher, node), _operands(node)
         if isinstance(module, BATCH_NORMS):
             beta = module.bias if module.bias is not None else torch.zeros(module.num_features)
             gamma = module.weight if module.weight is not None else torch.ones(module.num_features)
@@ -46,6 +46,12 @@ def expected_means(teacher: fx.GraphModule) -> dict[str, Tensor]:
         elif op.name in _SAME_MEAN and inputs[0] in means and _keeps_channels(inputs[0], node):
             means[node] = means[inputs[0]]
     return {n.meta["value"]: m.float() for n, m in means.items() if n.meta.get("value") is not None}
+
+
+def _operands(node: fx.Node) -> list[fx.Node]:
+    """What a node reads, in order; a tensor that it reads twice stands twice."""
+    given = node.args[0] if node.args and isinstance(node.args[0], list | tuple) else node.args
+    return [n for n in given if isinstance(n, fx.Node)]  # type: ignore[union-attr]
 
 
 def _keeps_channels(source: fx.Node, node: fx.Node) -> bool:

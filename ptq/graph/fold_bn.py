@@ -2,7 +2,8 @@
 
     W' = W · γ/√(σ²+ε),   b' = (b - μ) · γ/√(σ²+ε) + β
 
-A BatchNorm with no such layer before it, or whose input is used elsewhere too, stays as a float operation.
+A BatchNorm with no such layer before it, or whose input is used elsewhere too, stays as a float operation; so does one behind
+a linear layer on tokens, `[B, L, C]`: it normalizes each of the L tokens, not what the layer's rows yield.
 """
 
 import torch
@@ -23,9 +24,12 @@ def fold_batch_norm(gm: fx.GraphModule) -> fx.GraphModule:
             if len(users) != 1 or users[0].op != "call_module":
                 continue
             norm = out.get_submodule(str(users[0].target))
+            layer = out.get_submodule(str(node.target))
             if not isinstance(norm, BATCH_NORMS) or norm.running_var is None:
                 continue
-            _fold(out.get_submodule(str(node.target)), norm)
+            if isinstance(layer, nn.Linear) and len(node.meta["shape"]) > 1:
+                continue
+            _fold(layer, norm)
             node.meta["value"] = users[0].meta["value"]
             users[0].replace_all_uses_with(node)
             out.graph.erase_node(users[0])

@@ -33,6 +33,13 @@ def _hardtanh(call: Call) -> list[Step]:
     return [nn.ReLU6()]
 
 
+def _softplus(call: Call) -> list[Step]:
+    beta, threshold = call.get(1, "beta", 1.0), call.get(2, "threshold", 20.0)
+    if beta <= 0 or threshold < 15:  # from there on, the function is its argument but for float32's last bit
+        raise Unsupported(f"softplus with beta={beta}, threshold={threshold}")
+    return [nn.Softplus(beta, threshold)]
+
+
 def _nothing(call: Call) -> list[Step]:
     return []
 
@@ -67,7 +74,7 @@ FUNCTIONS: dict[Any, Callable[[Call], list[Any]]] = {
     F.layer_norm: constant.layer_norm,
     F.group_norm: constant.group_norm,
     F.instance_norm: constant.instance_norm,
-    F.softplus: lambda call: [nn.Softplus(call.get(1, "beta", 1.0), call.get(2, "threshold", 20.0))],
+    F.softplus: _softplus,
     F.mish: lambda call: [nn.Softplus(), nn.Tanh(), GATED],
     F.gelu: lambda call: [nn.GELU(call.get(1, "approximate", "none"))],
 }
@@ -98,17 +105,18 @@ METHODS: dict[str, Callable[[Call], list[Any]]] = {
 IN_PLACE = {operator.iadd, operator.imul, torch.relu_, "add_", "mul_", "relu_"}
 
 
-def _conv(m: nn.Conv2d) -> nn.Module:
+def _conv(m: nn.Conv2d) -> list[Any]:
     if m.padding_mode != "zeros":
         raise Unsupported(f"a convolution that pads with {m.padding_mode!r}; zero padding is supported")
-    m.padding = constant.even_padding(m.padding, m.kernel_size, m.dilation)
-    return m
+    before, m.padding = constant.padding(m.padding, m.kernel_size, m.dilation)
+    return [*before, m]
 
 
-def _max_pool_module(m: nn.MaxPool2d) -> nn.Module:
+def _max_pool_module(m: nn.MaxPool2d, call: Call) -> list[Any]:
     if m.return_indices:
         raise Unsupported("max pooling that returns indices")
-    return spatial.max_pool(Call((None, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode), {}, (), ()))[0]  # pyright: ignore[reportReturnType]
+    given = (None, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode)
+    return spatial.max_pool(Call(given, {}, call.shape, call.out))
 
 
 def _norm(m: nn.BatchNorm1d | nn.BatchNorm2d) -> nn.Module:
@@ -124,7 +132,7 @@ def _instance_norm(m: nn.InstanceNorm2d, call: Call) -> list[Any]:
 
 
 MODULES: dict[type, Callable[[Any, Call], list[Any]]] = {
-    nn.Conv2d: lambda m, call: [_conv(m)],
+    nn.Conv2d: lambda m, call: _conv(m),
     nn.BatchNorm1d: lambda m, call: [_norm(m)],
     nn.BatchNorm2d: lambda m, call: [_norm(m)],
     nn.ReLU: lambda m, call: [nn.ReLU()],
@@ -134,7 +142,7 @@ MODULES: dict[type, Callable[[Any, Call], list[Any]]] = {
     nn.LeakyReLU: lambda m, call: [nn.LeakyReLU(m.negative_slope)],
     nn.SiLU: lambda m, call: [nn.Sigmoid(), GATED],
     nn.Hardswish: lambda m, call: [nn.Hardsigmoid(), GATED],
-    nn.MaxPool2d: lambda m, call: [_max_pool_module(m)],
+    nn.MaxPool2d: _max_pool_module,
     nn.AvgPool2d: lambda m, call: spatial.avg_pool(
         Call(
             (None, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, m.divisor_override),
@@ -149,14 +157,15 @@ MODULES: dict[type, Callable[[Any, Call], list[Any]]] = {
         Call((None, m.padding, "constant", m.value), {}, call.shape, call.out)
     ),
     nn.Upsample: lambda m, call: spatial.resize()(
-        Call((None, None, None, m.mode, m.align_corners), {}, call.shape, call.out)
+        Call((None, None, m.scale_factor, m.mode, m.align_corners, m.recompute_scale_factor), {}, call.shape, call.out)
     ),
     nn.UpsamplingNearest2d: lambda m, call: spatial.resize()(
-        Call((None, None, None, "nearest"), {}, call.shape, call.out)
+        Call((None, None, m.scale_factor, "nearest"), {}, call.shape, call.out)
     ),
     nn.InstanceNorm2d: _instance_norm,
     nn.Softmax: lambda m, call: constant.softmax(nn.Softmax)(Call((None, m.dim), {}, call.shape, call.out)),
     nn.LogSoftmax: lambda m, call: constant.softmax(nn.LogSoftmax)(Call((None, m.dim), {}, call.shape, call.out)),
+    nn.Softplus: lambda m, call: _softplus(Call((None, m.beta, m.threshold), {}, (), ())),
     nn.Mish: lambda m, call: [nn.Softplus(), nn.Tanh(), GATED],
     nn.Flatten: lambda m, call: spatial.reshape(call),
     nn.Identity: lambda m, call: [],

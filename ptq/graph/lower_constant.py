@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq.graph.call import Call, Constant, Step, TensorShape, Unsupported, pair
-from ptq.graph.layers import AddConstant, MulConstant
+from ptq.graph.layers import AddConstant, MulConstant, Pad
 
 
 def _filled(module: nn.Module, **tensors: Tensor | None) -> nn.Module:
@@ -32,30 +32,26 @@ def _weight(call: Call) -> Tensor:
     return weight
 
 
-def even_padding(padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[int, int]:
-    """A convolution's padding, "same" and "valid" in numbers.
-
-    Raises:
-        Unsupported: it differs from side to side.
-    """
-    if not isinstance(padding, str):
-        return pair(padding)
-    reach = [d * (k - 1) for d, k in zip(dilation, kernel)] if padding == "same" else [0, 0]
-    if any(r % 2 for r in reach):
-        raise Unsupported("a convolution with padding='same' and an even kernel, which pads unevenly")
-    return reach[0] // 2, reach[1] // 2
+def padding(given: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[list[Step], tuple[int, int]]:
+    """A convolution's padding, "same" and "valid" in numbers: a step before it where that differs from side to side."""
+    if not isinstance(given, str):
+        return [], pair(given)
+    h, w = [d * (k - 1) for d, k in zip(dilation, kernel)] if given == "same" else [0, 0]
+    if h % 2 or w % 2:
+        return [Pad((w // 2, w - w // 2, h // 2, h - h // 2))], (0, 0)
+    return [], (h // 2, w // 2)
 
 
 def conv(call: Call) -> list[Step]:
     """conv2d(x, weight, bias, stride, padding, dilation, groups)."""
     weight, bias, groups = _weight(call), call.tensor(2, "bias"), call.get(6, "groups", 1)
-    padding, dilation = call.get(4, "padding", 0), pair(call.get(5, "dilation", 1))
-    kernel = (weight.shape[2], weight.shape[3])
+    kernel, dilation = (weight.shape[2], weight.shape[3]), pair(call.get(5, "dilation", 1))
+    before, pads = padding(call.get(4, "padding", 0), kernel, dilation)
     module = nn.Conv2d(
         weight.shape[1] * groups, weight.shape[0], kernel, pair(call.get(3, "stride", 1)),
-        even_padding(padding, kernel, dilation), dilation, groups, bias is not None,
+        pads, dilation, groups, bias is not None,
     )  # fmt: skip
-    return [_filled(module, weight=weight, bias=bias)]
+    return [*before, _filled(module, weight=weight, bias=bias)]
 
 
 def conv_transpose(call: Call) -> list[Step]:
@@ -88,6 +84,8 @@ def batch_norm(*, aten: bool) -> Callable[[Call], list[Step]]:
         var = parts["running_var"]
         if var is None:
             raise Unsupported("a BatchNorm without running statistics")
+        if len(call.shape) > 3:
+            raise Unsupported(f"a BatchNorm of {len(call.shape) + 1} dimensions; 2 to 4 are supported")
         kind = nn.BatchNorm2d if len(call.shape) == 3 else nn.BatchNorm1d
         module = kind(len(var), call.get(7, "eps", 1e-5), affine=parts["weight"] is not None)
         return [_filled(module, **parts)]
@@ -163,13 +161,13 @@ def arithmetic(function: Callable[..., Any]) -> Callable[[Call], list[Step]]:
 
 
 def subtract(call: Call) -> list[Step]:
-    """x - c and c - x, with a constant c."""
-    first, second = call.args[0], call.get(1, "other")
+    """x - αc and c - αx, with a constant c."""
+    first, second, alpha = call.args[0], call.get(1, "other"), call.kwargs.get("alpha", 1)
     if isinstance(first, TensorShape) and isinstance(second, TensorShape):
         raise Unsupported("the difference of two tensors")
     if isinstance(first, TensorShape):
-        return [AddConstant.of(-_number(second, call))]
-    return [MulConstant.of(-1.0), AddConstant.of(_number(first, call))]
+        return [AddConstant.of(-alpha * _number(second, call))]
+    return [MulConstant.of(-float(alpha)), AddConstant.of(_number(first, call))]
 
 
 def divide(call: Call) -> list[Step]:

@@ -18,6 +18,7 @@ from ptq.graph.recorder import Recorder
 from ptq.graph.source_line import source_of
 
 LAYER = "torch.nn.modules."  # how the names of torch's own modules begin
+_NESTED = (f"{LAYER}container.", f"{LAYER}transformer.")  # of those, that are made of others
 
 
 def redirect_in_place(gm: fx.GraphModule) -> None:
@@ -61,6 +62,8 @@ def select_parts(gm: fx.GraphModule, recorder: Recorder) -> None:
         (whole, *rest), kwargs, _ = recorder.calls[split]
         dim = kwargs.get("dim", rest[1] if len(rest) > 1 else 0)
         if not isinstance(whole, TensorShape) or not isinstance(out, TensorShape) or not isinstance(dim, int):
+            continue
+        if not out.dims:
             continue
         dim, start = dim % len(out.dims), sum(p.dims[dim % len(out.dims)] for p in parts[:index])
         cut = (*[slice(None)] * dim, slice(start, start + out.dims[dim]))
@@ -119,6 +122,8 @@ def steps_of(module: nn.Module | None, node: fx.Node, recorded: tuple[Any, ...])
         Unsupported: it is known, but not in this form.
     """
     args, kwargs, out = recorded
+    if not args and "input" in kwargs:  # torch.sub(input=x, other=1.0)
+        args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
     first = next((a for a in (*args, *kwargs.values()) if isinstance(a, TensorShape)), _first_of_list(args))
     call = Call(args, kwargs, first.dims[1:], out.dims[1:])
     if module is not None:
@@ -136,11 +141,16 @@ def _replace(
 ) -> None:  # fmt: skip
     """Puts the steps in the node's place, one after another."""
     tensors = [n for n in node.all_input_nodes if recorder.varies(n)]
+    if not tensors:
+        raise ModelError(f"not supported in {node.name}: it reads a list of tensors as a whole ({source_of(node)})")
     current = tensors[0]
+    named = next(
+        (k for k, step in enumerate(steps) if isinstance(step, nn.Conv2d)), 0
+    )  # behind the padding that it needs
     for k, step in enumerate(steps):
         with gm.graph.inserting_before(node):
             if isinstance(step, nn.Module):
-                path = (_path(node) if k == 0 else None) or f"fn_{node.name}" + (f"_{k}" if k else "")
+                path = (_path(node) if k == named else None) or f"fn_{node.name}" + (f"_{k}" if k else "")
                 # A module that is called twice gets a copy per call: each call has its own place in the plan.
                 if path in used:
                     path, step = f"{path}_again_{node.name}", copy.deepcopy(step)
@@ -168,8 +178,8 @@ def _path(node: fx.Node) -> str | None:
 
 
 def is_layer(kind: Any) -> bool:
-    """Whether a class, kept by name as export does, is one of torch's own modules."""
-    return isinstance(kind, str) and kind.startswith(LAYER)
+    """Whether a class, kept by name as export does, is one of torch's own modules, not made of other modules."""
+    return isinstance(kind, str) and kind.startswith(LAYER) and not kind.startswith(_NESTED)
 
 
 def _is_sequential(kind: Any) -> bool:

@@ -4,12 +4,13 @@ Each function takes a `Call` and returns the steps that replace it.
 """
 
 from collections.abc import Callable
+from itertools import cycle
 from typing import Any
 
 from torch import nn
 
 from ptq.graph.call import Call, Step, Unsupported, pair
-from ptq.graph.layers import AdaptiveAverage, Pad, Permute, Reshape, ResizeBilinear, ResizeNearest, Slice
+from ptq.graph.layers import AdaptiveAverage, MulConstant, Pad, Permute, Reshape, ResizeBilinear, ResizeNearest, Slice
 
 
 def reshape(call: Call) -> list[Step]:
@@ -28,7 +29,13 @@ def _average(call: Call, size: tuple[int, int]) -> nn.Module | None:
     return nn.AvgPool2d(kernel, kernel)
 
 
+def _refuse_tokens(call: Call) -> None:
+    if len(call.shape) != 3:
+        raise Unsupported(f"pooling of a tensor of {len(call.shape) + 1} dimensions; [B, C, H, W] is supported")
+
+
 def adaptive(call: Call) -> list[Step]:
+    _refuse_tokens(call)
     pool = _average(call, call.out[-2:])  # type: ignore[arg-type]
     return [] if pool is None else [pool]
 
@@ -43,13 +50,16 @@ def mean(call: Call) -> list[Step]:
 
 
 def avg_pool(call: Call) -> list[Step]:
-    if call.get(6, "divisor_override") is not None:
-        raise Unsupported("average pooling with divisor_override")
+    _refuse_tokens(call)
     kernel = pair(call.get(1, "kernel_size"))
     stride, pads = pair(call.get(2, "stride") or kernel), pair(call.get(3, "padding", 0))
     floor = tuple((size + 2 * p - k) // s + 1 for size, p, k, s in zip(call.shape[-2:], pads, kernel, stride))
     ceil = bool(call.get(4, "ceil_mode", False)) and floor != tuple(call.out[-2:])
-    counts_pads = bool(call.get(5, "count_include_pad", True)) and any(pads)
+    counts_pads, divisor = bool(call.get(5, "count_include_pad", True)) and any(pads), call.get(6, "divisor_override")
+    if divisor is not None:
+        if ceil:
+            raise Unsupported("average pooling with divisor_override and ceil_mode")
+        return [nn.AvgPool2d(kernel, stride, pads, False, any(pads)), MulConstant.of(kernel[0] * kernel[1] / divisor)]
     if ceil and counts_pads:  # torch counts padding but not what is beyond it, runtimes all or nothing: make it pixels
         (ph, pw) = pads
         return [Pad((pw, pw, ph, ph)), nn.AvgPool2d(kernel, stride, 0, True, False)]
@@ -57,6 +67,7 @@ def avg_pool(call: Call) -> list[Step]:
 
 
 def max_pool(call: Call) -> list[Step]:
+    _refuse_tokens(call)
     kernel = call.get(1, "kernel_size")
     return [nn.MaxPool2d(
         pair(kernel), pair(call.get(2, "stride") or kernel), pair(call.get(3, "padding", 0)),
@@ -87,7 +98,8 @@ def getitem(call: Call) -> list[Step]:
 
 def permute(call: Call) -> list[Step]:
     rank = len(call.shape) + 1
-    dims = call.args[1:] if isinstance(call.args[1], int) else tuple(call.args[1])
+    given = call.get(1, "dims")
+    dims = call.args[1:] if isinstance(given, int) else tuple(given)
     dims = tuple(d % rank for d in dims)
     if dims[0] != 0:
         raise Unsupported(f"permutation {dims} moves the batch dimension")
@@ -112,6 +124,8 @@ def resize(mode: str | None = None) -> Callable[[Call], list[Step]]:
             return []
         if call.kwargs.get("antialias"):
             raise Unsupported("interpolation with antialias")
+        if not call.get(5, "recompute_scale_factor") and not _is_ratio(_factors(call), call.shape, call.out):
+            raise Unsupported("interpolation by a factor that is not the ratio of the sizes")
         if asked == "bilinear":
             return [ResizeBilinear(size, align)]
         if asked != "nearest":
@@ -122,6 +136,17 @@ def resize(mode: str | None = None) -> Callable[[Call], list[Step]]:
         return [nn.UpsamplingNearest2d(scale_factor=factor)]
 
     return lower
+
+
+def _factors(call: Call) -> list[float]:
+    """Scale factors among the arguments, however they are passed: sizes are whole numbers."""
+    given = (*call.args[1:], *call.kwargs.values())
+    listed = [w for v in given for w in (v if isinstance(v, tuple | list) else [v])]
+    return [w for w in listed if isinstance(w, float)]
+
+
+def _is_ratio(factors: list[float], shape: tuple[int, ...], out: tuple[int, ...]) -> bool:
+    return not factors or all(f * n == m for f, n, m in zip(cycle(factors), shape[-2:], out[-2:]))
 
 
 def _align_corners(call: Call, mode: str) -> Any:

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils import parametrize
 
 from ptq.errors import ModelError
-from ptq.graph.aten import exported, is_exported, plain
+from ptq.graph.aten import exported, fixed_batch, is_exported
 from ptq.graph.batch_layout import keep_images_apart
 from ptq.graph.lower_graph import lower, redirect_in_place, select_parts
+from ptq.graph.network_checks import own_copy
 from ptq.graph.ops import OPS
 from ptq.graph.recorder import random_input, record
 from ptq.graph.regions import make_regions
@@ -64,22 +64,20 @@ def trace(model: nn.Module, input_shape: tuple[int, int, int]) -> fx.GraphModule
         ModelError: the network cannot be traced, does not accept the input, or holds an unknown operation that cannot stay in
             float either; the message names the line of its source.
     """
-    if is_exported(model):
-        model = plain(model)  # pyright: ignore[reportArgumentType]
-    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        model = model.module
-    try:
-        original = copy.deepcopy(model).float().eval().requires_grad_(False)
-    except RuntimeError as e:  # the old weight_norm keeps a tensor that cannot be copied
-        raise ModelError(
-            f"the network cannot be copied: {first_line(e)}; remove weight_norm with remove_weight_norm"
-        ) from e
-    _refuse_hooks(original)
+    original = own_copy(model)
     gm = _symbolic(copy.deepcopy(original), input_shape)
-    recorder = record(gm, input_shape)
-    redirect_in_place(gm)
-    select_parts(gm, recorder)
     try:
+        recorder = record(gm, input_shape)
+    except ModelError as e:
+        if (count := fixed_batch(original)) is None:
+            raise
+        raise ModelError(
+            f"the archive was exported for {count} images at a time, no more and no less; export it with a free batch, "
+            "dynamic_shapes=({0: torch.export.Dim('batch')},)"
+        ) from e
+    try:
+        redirect_in_place(gm)
+        select_parts(gm, recorder)
         lower(gm, recorder)
         _compare(original, gm.eval().requires_grad_(False), input_shape)
     except ModelError as e:
@@ -100,6 +98,10 @@ def _with_regions(original: nn.Module, input_shape: tuple[int, int, int], error:
     except Exception as e:  # whatever export has to say of a network it does not take
         raise ModelError(f"{error}; nor can it stay in float: {first_line(e)}") from e
     gm = _checked(gm)
+    for node in gm.graph.nodes:
+        kind = getattr(node.meta.get("val"), "dtype", None)
+        if kind in (torch.bfloat16, torch.float16):
+            raise ModelError(f"the network computes in {kind} in part; take torch.autocast and such casts out")
     try:
         gm = make_regions(gm, input_shape)
         lower(gm, record(gm, input_shape))
@@ -107,19 +109,6 @@ def _with_regions(original: nn.Module, input_shape: tuple[int, int, int], error:
     except ModelError as e:
         raise ModelError(f"{error}; nor can it stay in float: {e}") from e
     return gm
-
-
-def _refuse_hooks(model: nn.Module) -> None:
-    for path, module in model.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise ModelError(
-                f"module {path or 'the network itself'} has a forward hook, which a graph cannot hold; remove it "
-                "(spectral_norm is one: use torch.nn.utils.parametrizations.spectral_norm and remove_parametrizations)"
-            )
-        if parametrize.is_parametrized(module):
-            raise ModelError(
-                f"module {path} is parametrized; bake the weight in with torch.nn.utils.parametrize.remove_parametrizations"
-            )
 
 
 def _symbolic(model: nn.Module, input_shape: tuple[int, int, int]) -> fx.GraphModule:
@@ -133,16 +122,27 @@ def _symbolic(model: nn.Module, input_shape: tuple[int, int, int]) -> fx.GraphMo
         try:
             gm = exported(model, random_input(model, 2, input_shape))
         except Exception:  # of the two, the first error names the line
+            _refuse_input(model, input_shape)
             raise ModelError(
                 f"the network cannot be traced: {user_line(e)}: {first_line(e)}; make this independent of tensor values "
                 "(shapes are fine), or quantize the sub-module without it"
             ) from e
         return _checked(gm)
-    _, *extra = graph.find_nodes(op="placeholder")
+    extra = graph.find_nodes(op="placeholder")[1:]
     if any(n.users for n in extra) and all(n.args for n in extra):  # options, whose defaults export puts in
         with suppress(Exception):  # of what export does not take either, the inputs are named below
             return _checked(exported(model, random_input(model, 2, input_shape)))
     return _checked(fx.GraphModule(tracer.root, graph))
+
+
+def _refuse_input(model: nn.Module, input_shape: tuple[int, int, int]) -> None:
+    """Raises ModelError if the network as it is does not run either."""
+    try:
+        with torch.no_grad():
+            model(random_input(model, 2, input_shape))
+    except Exception as e:  # whatever the user's forward raises
+        shape = ", ".join(map(str, input_shape))
+        raise ModelError(f"the network does not run on input [B, {shape}]: {user_line(e)}: {first_line(e)}") from e
 
 
 def _checked(gm: fx.GraphModule) -> fx.GraphModule:
@@ -153,6 +153,8 @@ def _checked(gm: fx.GraphModule) -> fx.GraphModule:
     """
     graph = gm.graph
     inputs = graph.find_nodes(op="placeholder")
+    if not inputs:
+        raise ModelError("the network takes no input; its forward must take one tensor [B, C, H, W]")
     if str(inputs[0].target).startswith("*"):
         raise ModelError(
             "the network takes any number of inputs (*args); wrap it in a module whose forward takes one tensor"

@@ -75,7 +75,8 @@ def mend(
                 if layer.bias is None or integer_codes(layer, "weight") is None:
                     continue
                 if how.bias == "analytic":
-                    if source in expected:
+                    tokens = isinstance(layer, nn.Linear) and len(nodes[path].meta["shape"]) > 1
+                    if source in expected and not tokens:  # of tokens [B, L, C], BatchNorm tells of L
                         _analytic(layer, reference.get_submodule(path), expected[source])
                     else:
                         unknown.append(path)

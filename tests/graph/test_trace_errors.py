@@ -179,3 +179,27 @@ UNSUPPORTED = {
 def test_unsupported_form_of_a_known_operation(message: str):
     with pytest.raises(ModelError, match=rf"not supported in \w+: .*{message}.*; nor can it stay in float"):
         trace(Around(UNSUPPORTED[message]), SHAPE)
+
+
+def test_nothing_is_printed_of_what_export_cannot_do_either(capfd):
+    with pytest.raises(ModelError):
+        trace(DataDependent(), SHAPE)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_half_precision_inside_is_refused():
+    def narrowed(net: nn.Module, y: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = net.conv(y[:, :3])
+        return y.float()
+
+    with pytest.raises(ModelError, match=r"computes in torch\.bfloat16"):
+        trace(Around(narrowed).eval(), SHAPE)
+
+
+def test_a_network_that_does_not_run_is_not_told_to_be_independent_of_values():
+    def refuses(net: nn.Module, y: Tensor) -> Tensor:
+        raise RuntimeError("not today")
+
+    with pytest.raises(ModelError, match=r"does not run on input \[B, 3, 16, 16\]: .*: not today$"):
+        trace(Around(refuses).eval(), SHAPE)
