@@ -6,9 +6,9 @@ onnxruntime runs its integer kernels, as a user's session does, and the integer 
 
 Bounds, and where they come from. Per tensor: one step, and 1 in 10,000 elements, since float sums in another order than the
 runtime's move a value across a rounding border now and then (measured: at most 6 in 100,000). The float result, given
-equal inputs: 1e-4 of its largest value (measured: 1e-6). End to end: 99.5 % equal classes and 15 dB. Where every operation
-has an integer kernel there is no difference at all; networks with float operations inside (sigmoids, products) differ by
-single steps that pass through every layer behind them.
+equal inputs: 1e-4 of its largest value (measured: 1e-6). End to end, where every operation has an integer kernel: no difference
+at all. Networks with float operations inside differ by single steps that pass through every layer behind them: 99.5 % equal
+classes, and 10 dB, the power of what the outputs vary by from image to image over that of the difference.
 """
 
 import tempfile
@@ -32,8 +32,9 @@ from ptq.graph.float_region import float_remainders
 from ptq.quant.affine import dequantize, quantize
 from ptq.quant.fake_quant import ActFakeQuant
 
-_STEPS, _SHARE, _RESULT, _AGREEMENT, _SQNR = 1, 1e-4, 1e-4, 0.995, 15.0
+_STEPS, _SHARE, _RESULT, _AGREEMENT, _VARIATION = 1, 1e-4, 1e-4, 0.995, 10.0
 _TIE = 1e-3  # steps
+_LAST_BITS = 1e-5  # of the largest output: what float sums in another order may decide
 _INTEGER = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "ConvInteger"}
 _TO_FLOAT = {"DequantizeLinear", "MatMulIntegerToFloat"}
 _QGEMM_INPUTS = 9  # with a scale and a zero point of the result; without, it is float
@@ -82,6 +83,15 @@ def open_session(
         raise ExportError(f"onnxruntime does not load the exported model: {str(e).splitlines()[0]}") from e
 
 
+def loads(path: Path) -> bool:
+    """Whether onnxruntime opens a file with all optimizations: some of them break on signed codes that are only moved."""
+    try:
+        open_session(path)
+    except ExportError:
+        return False
+    return True
+
+
 def compare(
     student: fx.GraphModule,
     integer: fx.GraphModule,
@@ -102,20 +112,41 @@ def compare(
     simulated = torch.cat([_run(integer, x) for x in images.split(batch_size)])
     session = open_session(path, literal=literal)
     real = torch.cat([torch.from_numpy(session.run(None, {"input": x.numpy()})[0]) for x in images.split(batch_size)])
-    same = (simulated.argmax(1) == real.argmax(1)).double()
-    noise = float((real - simulated).double().square().sum())
-    sqnr = None if noise == 0 else round(10 * float(np.log10(float(simulated.double().square().sum()) / noise)), 2)
+    same = _same_class(simulated, real)
     found = {
         "runtime": f"onnxruntime {onnxruntime.__version__}", "images": len(images), "top1_agreement": float(same.mean()),
-        "sqnr_db": sqnr, "differing_outputs": int((simulated != real).sum()), "outputs": real.numel(),
+        "sqnr_db": _decibels(simulated, simulated, real), "variation_db": _decibels(simulated - simulated.mean(0), simulated, real),
+        "differing_outputs": int((simulated != real).sum()), "outputs": real.numel(),
         "worst_steps": max((t.steps for t in tensors), default=0), "result_error": result_error,
-        "tensors": [asdict(t) for t in tensors],
-    }  # fmt: skip
+        "tensors": [asdict(t) for t in tensors], "float_regions": float_remainders(student),
+    } | count_kernels(path, literal=literal)  # fmt: skip
     failure = _failure(tensors, found, same.numel(), bool(torch.isfinite(real).all()))
     found["opinions"] = second_opinions(path, images, simulated) if opinions else []
     failure = failure or far_off(found["opinions"])
-    found |= {"float_regions": float_remainders(student)}
-    return {"passed": failure is None, "failure": failure, **found, **count_kernels(path, literal=literal)}
+    if failure is None and not literal and found["differing_outputs"] and _is_exact(found):
+        failure = (
+            f"{found['differing_outputs']} of {found['outputs']} outputs differ from the integer network's, though every operation "
+            "runs in an integer kernel and every tensor agrees given equal inputs; do this processor's kernels saturate (x86 "
+            "without VNNI)?"
+        )
+    return {"passed": failure is None, "failure": failure, **found}
+
+
+def _same_class(simulated: Tensor, real: Tensor) -> Tensor:
+    """1 where the file has the simulation's class `[N, …]`, or gives it a score that only the last bits tell from its own."""
+    theirs = real.gather(1, simulated.argmax(1, keepdim=True)).squeeze(1)
+    return (real.amax(1) - theirs <= _LAST_BITS * real.abs().max()).double()
+
+
+def _decibels(signal: Tensor, simulated: Tensor, real: Tensor) -> float | None:
+    """Power of a signal over that of the difference; None where there is no difference."""
+    noise, power = (float(t.double().square().sum()) for t in (real - simulated, signal))
+    return None if noise == 0 else round(10 * float(np.log10(max(power, 1e-300) / noise)), 2)
+
+
+def _is_exact(found: dict[str, Any]) -> bool:
+    """Whether all that a file computes, it computes on integers."""
+    return not (found["float_layers"] or found["float_operations"] or found["float_regions"])
 
 
 def _failure(tensors: list[TensorParity], found: dict[str, Any], count: int, finite: bool) -> str | None:
@@ -132,8 +163,11 @@ def _failure(tensors: list[TensorParity], found: dict[str, Any], count: int, fin
     differing = round((1 - found["top1_agreement"]) * count)
     if differing > max(1, (1 - _AGREEMENT) * count):
         return f"the class differs in {differing} of {count} places, though every tensor agrees given equal inputs"
-    if found["sqnr_db"] is not None and found["sqnr_db"] < _SQNR:
-        return f"the outputs are {found['sqnr_db']} dB apart, though every tensor agrees given equal inputs"
+    if found["images"] > 1 and found["variation_db"] is not None and found["variation_db"] < _VARIATION:
+        return (
+            f"the outputs are {found['variation_db']} dB apart, measured by what they vary from image to image, though every "
+            "tensor agrees given equal inputs"
+        )
     return None
 
 

@@ -18,7 +18,7 @@ from ptq.exporters._onnx_builder import Builder
 from ptq.exporters._onnx_codes import quantize_value
 from ptq.exporters._onnx_ops import EMITTERS, absorbed_pad
 from ptq.exporters._onnx_region import check_region
-from ptq.exporters._parity import compare
+from ptq.exporters._parity import compare, loads
 from ptq.exporters._profiles import PROFILES, Profile
 from torch import Tensor, fx
 
@@ -53,6 +53,8 @@ class OnnxQdq:
     positional: ClassVar[str] = "profile"
     aliases: ClassVar[dict[str, dict[str, str]]] = {name: {"profile": name} for name in PROFILES}  # --target tensorrt
 
+    summaries: ClassVar[dict[str, str]] = {name: profile.summary for name, profile in PROFILES.items()}
+
     @property
     def rules(self) -> dict[str, str]:
         """What the target asks of a plan, see `PlanRules`."""
@@ -64,8 +66,11 @@ class OnnxQdq:
 
     def check(self, graph: fx.GraphModule, plan: QuantPlan) -> None:
         """Raises ExportError, naming layer or value and the remedy, if the target cannot do what is planned."""
+        first: dict[str, str] = {}  # remedy → the first layer or value that needs it
         for objection in (*PROFILES[self.profile].objections(plan), *self._misplaced(graph, plan)):
-            raise ExportError(f"{self.profile} cannot take this plan: {objection}")
+            first.setdefault(objection.rpartition("; ")[2], objection)
+        if first:
+            raise ExportError(f"{self.profile} cannot take this plan: {'. And '.join(first.values())}")
         for node in graph.graph.nodes:
             op = find_op(graph, node)
             if op is not None and op.role != "quant" and op.name not in EMITTERS:
@@ -103,7 +108,8 @@ class OnnxQdq:
 
     def verify(self, qm: QuantizedModel, path: Path, images: Tensor) -> dict[str, Any]:
         """Runs the file in onnxruntime and compares it with the simulation; see `_parity.compare`."""
-        literal = PROFILES[self.profile].literal
+        profile = PROFILES[self.profile]
+        literal = profile.literal or (profile.container == "signed" and not loads(path))
         return compare(qm.student, qm.graph, path, images, self.batch_size, literal=literal, opinions=self.opinions)
 
     @classmethod

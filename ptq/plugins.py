@@ -45,6 +45,7 @@ def load(kind: Kind, name: str) -> type:
     """
     known = names(kind)
     if name not in known:
+        known += [a for plugin in known for a in getattr(load(kind, plugin), "aliases", {})]
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise PluginError(f"unknown {kind.removesuffix('s')} {name!r}; known: {', '.join(known)}{hint}")

@@ -95,6 +95,7 @@ def test_types(target, activation, weight, stored, bias, tmp_path):
             r"layer [\w.]+: its weights have zero points; add --weights symmetric",
         ),
         ("openvino", "w4a4", {}, "add --weights symmetric"),
+        ("tensorrt", "w4a8", {}, r"add --weights symmetric\. And value \w+: .*add --activations signed$"),
         (
             "tensorrt",
             "w8a8",
