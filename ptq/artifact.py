@@ -21,6 +21,7 @@ from ptq.graph.integer import to_integer
 from ptq.graph.ops import weighted_nodes
 from ptq.graph.plan import QuantPlan
 from ptq.graph.serialize import graph_from_json, graph_to_json
+from ptq.integrity import check_file, check_seal, sealed
 from ptq.quant.affine import QParams
 from ptq.quant.fake_quant import ActFakeQuant, integer_codes
 
@@ -95,22 +96,25 @@ class QuantizedModel:
             self.write(partial)
 
     def write(self, folder: Path) -> None:
-        """Writes manifest and tensors into an existing folder."""
+        """Writes manifest and tensors into an existing folder; the manifest has the checksums of all files that are there."""
         rows = {"manifest": asdict(self.manifest), "plan": self.plan.to_json(), "graph": graph_to_json(self.student)}
         write_plan(self.plan, folder / PLAN)
-        (folder / MANIFEST).write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         state = {k: v.detach().cpu().contiguous().clone() for k, v in self.student.state_dict().items()}
         save_file(state, str(folder / TENSORS))
+        data = sealed(rows, sorted(f for f in folder.iterdir() if f.is_file() and f.name != MANIFEST))
+        (folder / MANIFEST).write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
         """Reads what `save` wrote; the network runs bit-equal to the one saved. Reads JSON and safetensors only.
 
         Raises:
-            ArtifactError: no such folder, or its files are damaged or of another kind.
+            ArtifactError: no such folder, or its files are damaged, changed or of another kind.
         """
         folder = Path(folder)
         data = _read_manifest(folder)
+        check_seal(data, folder / MANIFEST)
+        check_file(data, folder / TENSORS)
         try:
             manifest, plan = Manifest.from_json(data["manifest"]), QuantPlan.from_json(data["plan"])
             graph = graph_from_json(data["graph"], plan)
@@ -144,6 +148,30 @@ def _read_manifest(folder: Path) -> Mapping[str, Any]:
     if data["manifest"].get("schema") != SCHEMA:
         raise ArtifactError(f"{path} has schema {data['manifest'].get('schema')!r}; this version reads {SCHEMA}")
     return data
+
+
+def check_written(folder: Path, file: Path) -> bool:
+    """Whether the manifest in a folder, or the record beside a file that was exported later, vouches for the file.
+
+    Raises:
+        ArtifactError: one names it, and it is another.
+    """
+    record = file.with_suffix(".json")
+    vouched = check_file(_read_manifest(folder), file)
+    if not vouched and record.is_file():
+        try:
+            data = json.loads(record.read_text(encoding="utf-8"))
+            check_seal(data, record)
+            vouched = check_file(data, file)
+        except (OSError, ValueError, AttributeError, TypeError) as e:
+            raise ArtifactError(f"{record} cannot be read: {_line(e)}") from e
+    return vouched
+
+
+def written_files(folder: Path, suffix: str) -> list[Path]:
+    """Files of a kind that are in a folder, and those that its manifest says there were."""
+    listed = _read_manifest(folder).get("files") or {}
+    return sorted({*folder.glob(f"*{suffix}"), *(folder / name for name in listed if name.endswith(suffix))})
 
 
 def value_ranges(graph: fx.GraphModule) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The command line: `ptq quantize`, `inspect`, `export`, `eval`, `list`, `demo`; see `cli_images.py` for the others."""
 
 import argparse
+import copy
 import json
 import logging
 import sys
@@ -14,7 +15,7 @@ from rich.console import Console
 from torch import nn
 
 from ptq import plugins
-from ptq.artifact import QuantizedModel, check_free, read_plan
+from ptq.artifact import QuantizedModel, check_free, check_written, read_plan, written_files
 from ptq.cli_distill import run_distill
 from ptq.cli_images import further, run_similarity, run_synthesize, sized
 from ptq.cli_options import build_parser
@@ -29,8 +30,8 @@ from ptq.graph.trace import trace
 from ptq.loading import load_model
 from ptq.pictures import Fit, Pictures, open_pictures
 from ptq.pipeline import quantize
-from ptq.proof import export, proof_images
-from ptq.report import Section, course_sections, plan_sections, print_sections
+from ptq.proof import export, proof_images, record_proof
+from ptq.report import Section, course_sections, plan_sections, print_sections, proof_section
 from ptq.run import normalization
 from ptq.spec import BitConfig, Override, PlanRules
 from ptq.terminal import shown
@@ -116,7 +117,7 @@ def _quantize(args: argparse.Namespace) -> int:
         "device": args.device, "cache": progress_folder(args),
         "source": f"{args.model.name}" + (f" ({args.arch})" if args.arch else ""),
     }  # fmt: skip
-    pictures = _pictures(args)
+    pictures = _pictures(args, model)
     teachers = further(args)
     with shown(args.quiet, console) as feedback:
         qm = quantize(
@@ -143,15 +144,22 @@ def _quantize(args: argparse.Namespace) -> int:
     return 0
 
 
-def _pictures(args: argparse.Namespace) -> Pictures | None:
+def _pictures(args: argparse.Namespace, model: nn.Module) -> Pictures | None:
     """The validation pictures, opened and looked at before any work is spent."""
     if args.val is None:
         return None
     stated = normalization(args.mean, args.std, args.input_shape[0])
     pictures = open_pictures(args.val, tuple(args.input_shape), *stated, Fit(args.resize, args.crop))
-    pictures.read(torch.tensor([0]))
-    check_labels(pictures)
+    check_labels(pictures, _classes(model, pictures.read(torch.tensor([0]))))
     return pictures
+
+
+def _classes(model: nn.Module, x: torch.Tensor) -> int | None:
+    try:
+        with torch.no_grad():
+            return int(copy.deepcopy(model).float().eval()(x).shape[1])
+    except Exception:  # what is wrong with a network is said when it is traced
+        return None
 
 
 def _baselines(
@@ -171,6 +179,7 @@ def _baselines(
 def _inspect(args: argparse.Namespace) -> int:
     _settle(args)
     model = load_model(args.model, args.arch, trust_pickle=args.trust_pickle)
+    target = None if args.target is None else plugins.build("exporters", args.target)
     folded = fold_batch_norm(trace(model, args.input_shape))
     if args.plan is not None:
         if args.layers:
@@ -184,26 +193,35 @@ def _inspect(args: argparse.Namespace) -> int:
                 "and inspect it with --plan plan.json"
             )
         overrides = tuple(Override.parse(text) for text in args.layers)
-        placed = {k: v for k in ("placement", "ties") if (v := getattr(args, k)) != "auto"}
+        placed = {} if target is None else dict(target.rules)
+        placed |= {k: v for k in ("placement", "ties") if (v := getattr(args, k)) != "auto"}
         rules = PlanRules(args.edges, args.adds, args.weights, args.activations, args.scales, overrides, **placed)
         plan = make_plan(folded, BitConfig.parse(args.bits), rules)
+    if target is not None:
+        target.check(folded, plan)
     print_sections(Console(), plan_sections(folded, plan))
     return 0
 
 
 def _export(args: argparse.Namespace) -> int:
     qm = QuantizedModel.load(args.folder)
+    images = proof_images(qm)
+    if args.vectors is not None and not 0 < args.vectors <= len(images):
+        raise SpecError(f"golden vectors on {args.vectors} images asked for; 1 to {len(images)} can be had")
     target = plugins.build("exporters", args.target)
-    path = args.output or args.folder / f"model{target.suffix}"
+    path = args.output or _free_name(args.folder, target)
     proof = export(qm, target, path)
-    Console().print(
-        f"{path}: passed; same class as the simulation on {100 * proof['top1_agreement']:.2f} % of {proof['images']} inputs"
-    )
-    if args.vectors:
-        Console().print(
-            f"{write_vectors(qm, proof_images(qm)[: args.vectors], path.parent / 'vectors')}: golden vectors"
-        )
+    record_proof(path, args.target, proof)
+    print_sections(Console(), [proof_section(proof, f"{path}: passed")])
+    if args.vectors is not None:
+        Console().print(f"{write_vectors(qm, images[: args.vectors], path.parent / 'vectors')}: golden vectors")
     return 0
+
+
+def _free_name(folder: Path, target: Any) -> Path:
+    """model.onnx, or where that is there, verified and reported, model.TARGET.onnx beside it."""
+    path = folder / f"model{target.suffix}"
+    return folder / f"model.{getattr(target, 'profile', 'exported')}{target.suffix}" if path.exists() else path
 
 
 def _eval(args: argparse.Namespace) -> int:
@@ -211,7 +229,10 @@ def _eval(args: argparse.Namespace) -> int:
     stated = normalization(args.mean or qm.manifest.mean, args.std or qm.manifest.std, qm.manifest.input_shape[0])
     pictures = open_pictures(args.val, qm.manifest.input_shape, *stated, Fit(args.resize, args.crop))
     runs = {"simulation": runner(qm.graph, _CPU)}
-    runs |= {f.name: onnx_runner(f) for f in sorted(args.folder.glob("*.onnx"))}
+    for file in written_files(args.folder, ".onnx"):
+        if not check_written(args.folder, file):
+            print(f"ptq: note: nothing here vouches for {file}; it was put there by other means", file=sys.stderr)
+        runs[file.name] = onnx_runner(file)
     accuracy = {name: top1(run, pictures) for name, run in runs.items()}
     if args.json:
         print(json.dumps({"top1": accuracy, "pictures": len(pictures)}))
@@ -237,6 +258,7 @@ def _list(args: argparse.Namespace) -> int:
             ]
             for name, cls in found.items()
         ]
+        rows += [[alias, what] for cls in found.values() for alias, what in getattr(cls, "summaries", {}).items()]
         options = [
             [name, ", ".join(f"{f}={d}" if d is not None else f for f, d in plugins.options(cls).items())]
             for name, cls in found.items()

@@ -264,6 +264,7 @@ def _distill_options(p: argparse.ArgumentParser) -> None:
 
 def _inspect_options(p: argparse.ArgumentParser) -> None:
     _model_options(p)
+    p.add_argument("--target", help="as for quantize: the plan is made for it, and what it cannot do is said")
 
 
 def _export_options(p: argparse.ArgumentParser) -> None:
@@ -277,7 +278,10 @@ def _export_options(p: argparse.ArgumentParser) -> None:
         help="write golden vectors too: what every layer reads, accumulates and yields on so many images, as integers",
     )  # fmt: skip
     p.add_argument(
-        "-o", "--output", type=Path, help="file to write; default: model and the target's suffix, in the folder"
+        "-o",
+        "--output",
+        type=Path,
+        help="file to write; default: model.onnx in the folder or, where that is there, model.TARGET.onnx",
     )
 
 

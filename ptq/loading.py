@@ -107,14 +107,16 @@ def _read(path: Path, trust_pickle: bool) -> Any:
             ) from e
         raise ModelError(f"{path} is not a file of PyTorch weights, or it is damaged") from e
     except Exception as e:  # a damaged file can fail anywhere in torch's reader
-        raise ModelError(f"{path} is not a file of PyTorch weights, or it is damaged: {_line(e)}") from e
+        raise ModelError(
+            f"{path} is not a file of PyTorch weights, or it is damaged: {type(e).__name__}: {_line(e)}"
+        ) from e
 
 
 def _unpickle(path: Path) -> Any:
     sys.path.insert(0, str(Path.cwd()))
     try:
         return torch.load(path, map_location="cpu", weights_only=False)
-    except Exception as e:  # unpickling runs the file's own code, which may raise anything
+    except (Exception, SystemExit) as e:  # unpickling runs the file's own code, which may raise anything
         raise ModelError(
             f"{path} cannot be unpickled: {type(e).__name__}: {_line(e)}; is the code it was saved with importable?"
         ) from e
@@ -159,7 +161,7 @@ def build_arch(arch: str) -> nn.Module:
         if where == "torchvision":
             kwargs.setdefault("weights", None)
         model = factory(*args, **kwargs)
-    except Exception as e:  # the user's code may raise anything
+    except (Exception, SystemExit) as e:  # the user's code may raise anything
         raise ModelError(f"{arch} failed: {type(e).__name__}: {_line(e)}") from e
     if not isinstance(model, nn.Module):
         raise ModelError(f"{arch} built {_kind(model)}, not a torch.nn.Module")
@@ -207,7 +209,7 @@ def _factory(where: str, name: str, arch: str) -> Callable[..., Any]:
         raise
     except AttributeError as e:
         raise ModelError(f"{arch}: {where} has no {name!r}") from e
-    except Exception as e:  # importing runs the user's code, which may raise anything
+    except (Exception, SystemExit) as e:  # importing runs the user's code, which may raise anything
         raise ModelError(f"{arch}: {where} cannot be imported: {type(e).__name__}: {_line(e)}") from e
     if not callable(found):
         raise ModelError(f"{arch}: {name!r} is not callable")
@@ -237,4 +239,6 @@ def _fill(model: nn.Module, state: dict[str, Tensor], path: Path, arch: str) -> 
             if names
         ]
         raise ModelError(f"the weights in {path} do not fit {arch}: {'; '.join(parts)}")
+    if odd := [k for k, v in state.items() if v.is_complex()]:
+        raise ModelError(f"the weights in {path} are complex numbers, first {odd[0]!r}; real ones are needed")
     model.load_state_dict({k: v for k, v in state.items() if k in expected}, strict=False)

@@ -1,5 +1,6 @@
 """`export`: a quantized network as a file, proved to compute what was simulated before it appears."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from ptq.artifact import QuantizedModel
 from ptq.contracts import Exporter, make_rng
 from ptq.errors import ExportError
 from ptq.graph.ops import input_node
+from ptq.integrity import sealed
 
 
 def export(qm: QuantizedModel, target: str | Exporter, path: Any, *, images: Tensor | None = None) -> dict[str, Any]:
@@ -31,7 +33,10 @@ def export(qm: QuantizedModel, target: str | Exporter, path: Any, *, images: Ten
 
     exporter = plugins.build("exporters", target) if isinstance(target, str) else target
     path = Path(path)
-    exporter.check(qm.student, qm.plan)
+    try:
+        exporter.check(qm.student, qm.plan)
+    except ExportError as e:
+        raise ExportError(f"{e}. The network stands as it was quantized: quantize it again with what is missing") from e
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,6 +50,22 @@ def export(qm: QuantizedModel, target: str | Exporter, path: Any, *, images: Ten
     finally:
         partial.unlink(missing_ok=True)
     return proof
+
+
+def record_proof(path: Path, target: str, proof: dict[str, Any]) -> Path:
+    """Writes what was found of an exported file beside it, with the file's checksum: PATH with the suffix .json.
+
+    Raises:
+        ExportError: it cannot be written.
+    """
+    record = path.with_suffix(".json")
+    try:
+        record.write_text(
+            json.dumps(sealed({"target": target, "proof": proof}, [path]), indent=1) + "\n", encoding="utf-8"
+        )
+    except OSError as e:
+        raise ExportError(f"{record} cannot be written: {e}") from e
+    return record
 
 
 def proof_images(qm: QuantizedModel) -> Tensor:

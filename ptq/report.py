@@ -88,14 +88,14 @@ def run_sections(
     ]
     results = [
         ["agrees with float on calibration images", _percent(m["agreement_nearest"]), _percent(m["agreement"])],
-        ["folding BatchNorm changed outputs by", f"{m['fold_error']:.1e}", "of the largest"],
+        ["folding BatchNorm changed outputs by, of the largest", "", f"{m['fold_error']:.1e}"],
         ["SQNR of the output, calibration images", f"{m['sqnr_db_nearest']:.1f} dB", f"{m['sqnr_db']:.1f} dB"],
     ]
     sections = [
         Section("Blocks", ["block", "weights", ">nearest error", ">error", "kept", ">SQNR dB"], blocks),
         Section(
             "Against the float network",
-            ["", ">nearest", ">" + str(manifest.recipe["rounding"]).partition(":")[0]],
+            ["", ">rounded to nearest", f">result, {str(manifest.recipe['rounding']).partition(':')[0]}, on integers"],
             results,
         ),
     ]
@@ -104,7 +104,7 @@ def run_sections(
             Section("Top-1 accuracy", ["network", ">top-1"], [[k, _percent(v)] for k, v in accuracy.items()])
         )
     if proof is not None:
-        sections.append(_proof_section(proof))
+        sections.append(proof_section(proof))
     files = [[name, f"{size:,}", f"1/{sizes['float weights'] / size:.1f}"] for name, size in sizes.items()]
     sections.append(Section("Bytes", ["", ">bytes", ">of float"], files))
     seconds = [[stage, f"{s:.1f}"] for stage, s in manifest.seconds.items()]
@@ -138,7 +138,8 @@ def _percent(share: float) -> str:
     return f"{100 * share:.2f} %"
 
 
-def _proof_section(proof: Mapping[str, Any]) -> Section:
+def proof_section(proof: Mapping[str, Any], title: str = "Exported file against the simulation") -> Section:
+    """What was found of an exported file."""
     floats = proof["float_layers"]
     rows = [
         ["result", "passed" if proof["passed"] else f"FAILED: {proof['failure']}"],
@@ -157,7 +158,7 @@ def _proof_section(proof: Mapping[str, Any]) -> Section:
         rows.append(["operations outside the table, in float", _first(regions)])
     if others := [name for name in proof.get("float_operations", ()) if name not in floats]:
         rows.append(["further operations in float", _first(others)])
-    return Section("Exported file against the simulation", ["", ""], rows)
+    return Section(title, ["", ""], rows)
 
 
 def _opinion(row: Mapping[str, Any]) -> str:

@@ -7,8 +7,10 @@
     mean           accumulator = Σ (input - z_x)                              output = clamp(round(accumulator · M) + z_y)
     average        output = clamp(round((Σ (input - z_x) / n) · M) + z_y), n pixels of a window
     table          output = table[input - least input code]
-    move           output: the input's codes, rearranged
-    float          computed in float, and quantized
+    move           output: the input's codes, rearranged as `geometry` says: a pad adds `fill`; what a max pool pads never wins;
+                   cuts are (dimension, start, stop, step), dimensions counted with the batch
+    float          computed in float, and quantized:                          output = clamp(round(x / s_y) + z_y)
+    image          the same; x / s_y is a division, in float32, not a product with 1 / s_y
 
 `round` is half to even. Each multiplier M stands there as float32 and as M ≈ m · 2^-shift, with an integer m of 31 bits. Float32
 products are what onnxruntime computes, and what the outputs here are; the integer form comes to the same but for ties of rounding.
@@ -138,10 +140,17 @@ class _Writer:
             raw = node.all_input_nodes[0]
             inside = find_op(self.gm, raw)
             named = raw.meta.get("operation", "quantize" if inside is None else inside.name)
-            return {"op": "float", "operation": named}
-        moved = moves(self.gm, node) and self._grid(node) is not None
+            return {"op": "image" if raw.op == "placeholder" else "float", "operation": named}
+        grid = self._grid(node)
         named = node.meta.get("operation", "" if op is None else op.name)
-        return {"op": "move" if moved else "float", "operation": named}
+        if not moves(self.gm, node) or grid is None or op is None:
+            return {"op": "float", "operation": named}
+        geometry: dict[str, Any] = {k: getattr(self._module(node), k) for k in op.fields}
+        if op.name == "concat":
+            geometry = {"dim": 1}
+        elif op.name == "pad":
+            geometry |= {"fill": int(grid.zero_point), "order": "left, right, top, bottom, front, back"}
+        return {"op": "move", "operation": named, "geometry": geometry}
 
     def _module(self, node: fx.Node) -> nn.Module | None:
         return self.gm.get_submodule(str(node.target)) if node.op == "call_module" else None

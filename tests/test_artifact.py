@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import ptq
-from ptq.artifact import whole_folder
+from ptq.artifact import check_written, whole_folder
+from ptq.integrity import sealed
 from tests.zoo import SHAPE, ZOO, build, images
 
 
@@ -80,11 +81,19 @@ def test_interrupted_writing_leaves_what_was_there(saved, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def _edit(folder, change):
+def _edit(folder, change, seal=True):
     path = folder / "manifest.json"
     data = json.loads(path.read_text())
     change(data)
-    path.write_text(json.dumps(data))
+    files = [folder / name for name in data.pop("files")]
+    path.write_text(json.dumps(sealed(data, files) if seal else data))
+
+
+def _flip(path):
+    """One bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
 
 
 @pytest.mark.parametrize(
@@ -100,7 +109,13 @@ def _edit(folder, change):
         (lambda f: _edit(f, lambda d: d["graph"][1].update(op="no_such_op")), "does not hold a network"),
         (lambda f: _edit(f, lambda d: d["graph"].pop(2)), "does not hold a network"),
         (lambda f: (f / "tensors.safetensors").unlink(), "cannot be read"),
-        (lambda f: (f / "tensors.safetensors").write_bytes(b"\x00" * 40), "cannot be read"),
+        (lambda f: (f / "tensors.safetensors").write_bytes(b"\x00" * 40), "is not the file that was written"),
+        (lambda f: _flip(f / "tensors.safetensors"), "is not the file that was written"),
+        (
+            lambda f: _edit(f, lambda d: d["graph"][1]["fields"].update(stride=[2, 2]), seal=False),
+            "was changed or damaged",
+        ),
+        (lambda f: _edit(f, lambda d: d["plan"].clear(), seal=False), "was changed or damaged"),
     ],
 )
 def test_damaged_artifacts_get_one_line(damage, says, saved):
@@ -108,3 +123,25 @@ def test_damaged_artifacts_get_one_line(damage, says, saved):
     with pytest.raises(ptq.ArtifactError, match=says) as e:
         ptq.load(saved[1])
     assert "\n" not in str(e.value)
+
+
+def test_a_file_with_a_seal_of_its_own_that_holds_no_tensors(saved):
+    (saved[1] / "tensors.safetensors").write_bytes(b"\x00" * 40)
+    _edit(saved[1], lambda d: None)
+    with pytest.raises(ptq.ArtifactError, match="cannot be read"):
+        ptq.load(saved[1])
+
+
+def test_an_artifact_without_checksums_is_read(saved):
+    _edit(saved[1], lambda d: [d.pop("sha256")], seal=False)
+    path = saved[1] / "manifest.json"
+    assert "files" not in json.loads(path.read_text())
+    assert torch.equal(ptq.load(saved[1]).graph(images()), saved[0].graph(images()))
+
+
+def test_files_that_nothing_vouches_for(saved):
+    (saved[1] / "other.onnx").write_bytes(b"anything")
+    assert not check_written(saved[1], saved[1] / "other.onnx")
+    (saved[1] / "other.json").write_text("[]")
+    with pytest.raises(ptq.ArtifactError, match="cannot be read"):
+        check_written(saved[1], saved[1] / "other.onnx")

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -79,6 +80,55 @@ def test_export_of_a_saved_network(work, capsys):
     assert Path("out/model.onnx").is_file()
 
 
+def test_what_was_verified_is_not_overwritten_by_an_export_for_another_target(work, capsys):
+    quantize("--quiet", "--weights", "symmetric", "--mean", "0.5", "--std", "0.25")
+    before = Path("out/model.onnx").read_bytes()
+    assert main(["export", "out", "--target", "tensorrt"]) == 1
+    assert "quantize it again" in capsys.readouterr().err
+    assert main(["export", "out", "--target", "openvino", "--vectors", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "layers in integer kernels" in shown and "outputs that differ in any bit" in shown
+    assert Path("out/model.onnx").read_bytes() == before
+    record = json.loads(Path("out/model.openvino.json").read_text())
+    assert (
+        record["proof"]["passed"] and record["target"] == "openvino" and set(record["files"]) == {"model.openvino.onnx"}
+    )
+    moves = [row for row in json.loads(Path("out/vectors/index.json").read_text())["layers"] if row["op"] == "move"]
+    assert moves and all(row["geometry"] for row in moves)
+    assert main(["eval", "out", "--val", "val.npz", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["top1"]) == {"simulation", "model.onnx", "model.openvino.onnx"}
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.openvino.onnx"])
+def test_eval_runs_no_file_but_that_which_was_verified(work, name: str, capsys):
+    quantize("--quiet", "--weights", "symmetric")
+    assert main(["export", "out", "--target", "openvino"]) == 0
+    path = Path("out", name)
+    whole = bytearray(path.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    path.write_bytes(bytes(whole))
+    assert main(["eval", "out", "--val", "val.npz"]) == 2
+    assert "is not the file that was written" in capsys.readouterr().err
+    if name == "model.onnx":
+        path.unlink()
+        assert main(["eval", "out", "--val", "val.npz"]) == 2
+        assert "cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", ["0", "-3", "100000"])
+def test_golden_vectors_on_images_that_there_are(work, count: str, capsys):
+    quantize("--quiet", "--target", "none")
+    assert main(["export", "out", "--vectors", count]) == 2
+    assert f"on {count} images asked for" in capsys.readouterr().err and not Path("out/model.onnx").exists()
+
+
+def test_inspect_says_what_a_target_cannot_do(work, capsys):
+    given = ["inspect", "model.pt", "--arch", ARCH, "--input-shape", "3,16,16", "--bits", "w4a8", "--target", "qnn"]
+    assert main(given) == 1
+    assert "its weights have zero points; add --weights symmetric" in capsys.readouterr().err
+    assert main([*given, "--weights", "symmetric"]) == 0
+
+
 def test_inspect_prints_the_plan_and_writes_nothing(work, capsys):
     before = sorted(work.iterdir())
     assert main(["inspect", "model.pt", "--arch", ARCH, "--input-shape", "3,16,16", "--bits", "w4a4"]) == 0
@@ -126,7 +176,8 @@ _BASE = ("quantize", "model.pt", "--arch", ARCH, "-o", "out", "--input-shape", "
         ((*_BASE, "--data", "images"), "images:PATH"),
         ((*_BASE, "--data", "images:nowhere"), "neither a folder nor a file"),
         ((*_BASE, "--rounding", "best"), "known: adaround, brecq, genie_m, nearest, qdrop"),
-        ((*_BASE, "--target", "npu"), "known: onnx_qdq"),
+        ((*_BASE, "--target", "npu"), "known: onnx_qdq, ort, openvino, tensorrt"),
+        ((*_BASE, "--mean", "0", "--std", "1", "--val", "strange.npz"), "label 77 found; the network has 10 classes"),
         ((*_BASE, "--mean", "0.5"), "mean and std belong together"),
         ((*_BASE, "--mean", "0,0", "--std", "1,1"), "one number per channel"),
         ((*_BASE, "--adds", "9"), "2 to 8"),
@@ -143,6 +194,8 @@ _BASE = ("quantize", "model.pt", "--arch", ARCH, "-o", "out", "--input-shape", "
     ],
 )
 def test_bad_input_gets_one_line_and_status_2(args, says, work, capsys):
+    held = np.load("val.npz")
+    np.savez("strange.npz", x=held["x"], y=np.full_like(held["y"], 77))
     assert says in _complaint(capsys, 2, *args)
 
 

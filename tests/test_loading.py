@@ -29,6 +29,9 @@ class Net(nn.Module):
 def broken():
     raise RuntimeError("no network today")
 
+def leaves():
+    raise SystemExit(0)
+
 number = 3
 def three():
     return 3
@@ -185,6 +188,7 @@ def test_weights_that_do_not_fit(weights, arch, tmp_path):
     [
         (":Nothing", "has no 'Nothing'"),
         (":broken", "no network today"),
+        (":leaves", "failed: SystemExit: 0"),
         (":number", "not callable"),
         (":three", "not a torch.nn.Module"),
         (":Net(width=open)", "arguments must be literals"),
@@ -202,3 +206,27 @@ def test_missing_modules():
         build_arch("no.such.package:Net")
     with pytest.raises(ModelError, match="is not a file"):
         build_arch("nowhere.py:Net")
+
+
+class Viewed(nn.Module):
+    """Its batch size is in its view, once it is exported for one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4 * 14 * 14, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.conv(x).view(x.shape[0], -1))
+
+
+def test_an_archive_of_a_fixed_batch_says_so(tmp_path):
+    torch.export.save(torch.export.export(Viewed().eval(), (images(1),)), tmp_path / "m.pt2")
+    with pytest.raises(ModelError, match=r"exported for 1 images at a time.*Dim\('batch'\)"):
+        trace(load_model(tmp_path / "m.pt2", trust_pickle=True), SHAPE)
+
+
+def test_complex_weights(arch, tmp_path):
+    state = {"conv.weight": torch.zeros(4, 3, 3, 3, dtype=torch.complex64), "conv.bias": torch.zeros(4)}
+    torch.save(state, tmp_path / "m.pt")
+    with pytest.raises(ModelError, match=r"complex numbers, first 'conv\.weight'"):
+        load_model(tmp_path / "m.pt", f"{arch}:Net")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import ptq
 from ptq.errors import ArtifactError, ModelError
 from ptq.graph.float_region import FloatRegion, is_move, operation
+from ptq.integrity import sealed
 from tests.zoo import SHAPE, images
 
 X = ("value", 0)
@@ -96,7 +97,7 @@ def _edited(folder, change) -> None:
     path = folder / "manifest.json"
     data = json.loads(path.read_text())
     change(next(row for row in data["graph"] if row["op"] == "float_region")["fields"])
-    path.write_text(json.dumps(data))
+    path.write_text(json.dumps(sealed(data, [])))
 
 
 HOSTILE = {
