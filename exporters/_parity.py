@@ -29,6 +29,7 @@ from torch import Tensor, fx, nn
 
 from ptq.errors import ExportError
 from ptq.graph.float_region import float_remainders
+from ptq.graph.ops import output_node, weighted_nodes
 from ptq.quant.affine import dequantize, quantize
 from ptq.quant.fake_quant import ActFakeQuant
 
@@ -119,7 +120,7 @@ def compare(
         "differing_outputs": int((simulated != real).sum()), "outputs": real.numel(),
         "worst_steps": max((t.steps for t in tensors), default=0), "result_error": result_error,
         "tensors": [asdict(t) for t in tensors], "float_regions": float_remainders(student),
-    } | count_kernels(path, literal=literal)  # fmt: skip
+    } | _by_module(student, count_kernels(path, literal=literal))  # fmt: skip
     failure = _failure(tensors, found, same.numel(), bool(torch.isfinite(real).all()))
     found["opinions"] = second_opinions(path, images, simulated) if opinions else []
     failure = failure or far_off(found["opinions"])
@@ -130,6 +131,16 @@ def compare(
             "without VNNI)?"
         )
     return {"passed": failure is None, "failure": failure, **found}
+
+
+def _by_module(student: fx.GraphModule, kernels: dict[str, Any]) -> dict[str, Any]:
+    """The float layers by their module paths, and apart from the other float operations."""
+    layers = kernels["float_layers"]
+    result = output_node(student)
+    paths = {"output" if n is result else n.meta["value"] or n.name: str(n.target) for n in weighted_nodes(student)}
+    named = [paths.get(name.partition("/")[0].partition(".")[0], name) for name in layers]
+    others = [name for name in kernels["float_operations"] if name not in layers]
+    return {**kernels, "float_layers": named, "float_operations": others}
 
 
 def _same_class(simulated: Tensor, real: Tensor) -> Tensor:

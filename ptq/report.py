@@ -156,7 +156,7 @@ def proof_section(proof: Mapping[str, Any], title: str = "Exported file against 
         rows.append([f"second opinion: {row['by']}", row["skipped"] if "skipped" in row else _opinion(row)])
     if regions := proof.get("float_regions"):
         rows.append(["operations outside the table, in float", _first(regions)])
-    if others := [name for name in proof.get("float_operations", ()) if name not in floats]:
+    if others := proof.get("float_operations"):
         rows.append(["further operations in float", _first(others)])
     return Section(title, ["", ""], rows)
 
