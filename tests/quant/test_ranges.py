@@ -220,3 +220,13 @@ def test_numbers_after_the_name():
     for wrong in ("percentile:20", "lp:x", "minmax:3", "percentile:nan"):
         with pytest.raises(SpecError, match=wrong):
             estimators(wrong)
+
+
+@pytest.mark.parametrize("ends", [None, torch.tensor([[-2.0, 3.0]])])
+def test_huge_values_have_the_grid_of_ordinary_ones(ends: torch.Tensor | None):
+    x, spec = (
+        torch.linspace(-2, 3, 400).pow(3).view(4, 100) / 9,
+        QuantSpec(4, True, False, axis=None if ends is not None else 0),
+    )
+    ordinary, huge = lp(x, spec, ends), lp(x * 2.0**70, spec, None if ends is None else ends * 2.0**70)
+    assert torch.equal(huge.scale, ordinary.scale * 2.0**70) and torch.equal(huge.zero_point, ordinary.zero_point)
