@@ -73,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _settle(args: argparse.Namespace) -> None:
     """Fills in what the command line left open: from the recipe, then the defaults."""
+    for name in ("bits", "weights", "activations", "scales", "edges", "adds", "placement", "ties"):
+        if args.plan is not None and getattr(args, name) is not None:
+            raise SpecError(f"--plan and --{name} given; a plan says every width and grid already")
     recipe = dict(_RECIPE)
     if getattr(args, "recipe", None) is not None:
         found = _read_recipe(args.recipe)

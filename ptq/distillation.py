@@ -118,7 +118,7 @@ def distill(
         check_batch_norms(pupil)
         restore = settle_source(build_source(restore, effort), networks, run, effort)
     images = run.timed("images", gather, source, networks, run) if how.feed == "set" else None
-    kept = kept_state(run, (*networks, graph), source, how, images, labelled is not None)
+    kept = kept_state(run, (*networks, graph), source, how, images, labelled, str(pupil))
     feed = make_feed(how, source, networks, pupil, run, images, kept)
     teacher = use_batch_statistics(networks[0]) if by_batch else networks[0]
     job = Job(
@@ -195,8 +195,15 @@ def distill_quantized(
     graph, course, images = run.timed(
         "distillation", distill_graph, student, folded, networks, trainer, made, how, run, labelled
     )
-    real, found = (outputs(runner(m, run.device), images[:1024].split(128)) for m in (networks[0], graph))
-    figures = {"agreement": agreement(real, found), "sqnr_db": sqnr_db(real, found), "course": course.to_json()}
+    seen = images[:1024].split(128)
+    real, before, found = (
+        outputs(runner(m, run.device), seen) for m in (networks[0], copy.deepcopy(qm.student).to(run.device), graph)
+    )
+    figures = {
+        "agreement": agreement(real, found), "sqnr_db": sqnr_db(real, found), "course": course.to_json(),
+        "agreement_nearest": agreement(real, before), "sqnr_db_nearest": sqnr_db(real, before),
+        "calibration_images": len(images), "beside": "before distillation",
+    }  # fmt: skip
     added = {"distill": plugins.describe_options(how), "distill_data": describe_data(source), "distill_seed": seed}
     graph = graph.to("cpu")
     manifest = replace(
@@ -231,9 +238,7 @@ def distill_graph(
         student: hardened. folded: the float network, same value names. networks: the teachers with their BatchNorms.
         source: where images come from while it is trained. images: those made before, where it is trained on a fixed set.
     """
-    kept = kept_state(
-        run, (*networks, student), source, how, images if how.feed == "set" else None, labelled is not None
-    )
+    kept = kept_state(run, (*networks, student), source, how, images if how.feed == "set" else None, labelled)
     student, names = copy.deepcopy(student), borders(student) if how.iq > 0 else ()
     folded = folded.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     groups = make_trainable(student, folded, how)

@@ -25,6 +25,10 @@ _PACKAGES: dict[Kind, str] = {
     "exporters": "ptq.exporters",
 }  # fmt: skip
 
+# Options of any plug-in, by how their names begin, that no sign turns into something useful; and shares.
+_NOT_NEGATIVE = ("lr", "drop", "warmup", "penalty", "logits", "blocks", "scale_step", "held_out")
+_AT_MOST = {"drop": 1, "held_out": 1}
+
 
 def names(kind: Kind) -> list[str]:
     """The plug-ins of a kind, sorted."""
@@ -72,6 +76,14 @@ def build(kind: Kind, text: str, effort: str = "full", *, training: bool = False
     for key, least in (("count", 1), ("batch_size", 1), ("steps", 1 if kind == "calibrators" else 0)):
         if options.get(key, least) < least:
             raise PluginError(f"option {key}={options[key]} of {name}: at least {least} is needed")
+    for key, value in options.items():
+        if (
+            key.startswith(_NOT_NEGATIVE)
+            and isinstance(value, int | float)
+            and not 0 <= value <= _AT_MOST.get(key, math.inf)
+        ):
+            ends = f"0 to {_AT_MOST[key]}" if key in _AT_MOST else "0 or more"
+            raise PluginError(f"option {key}={value} of {name}: {ends} is needed")
     try:
         return cls(**options)
     except TypeError as e:

@@ -95,7 +95,7 @@ def run_sections(
         Section("Blocks", ["block", "weights", ">nearest error", ">error", "kept", ">SQNR dB"], blocks),
         Section(
             "Against the float network",
-            ["", ">rounded to nearest", f">result, {str(manifest.recipe['rounding']).partition(':')[0]}, on integers"],
+            ["", f">{m.get('beside', 'rounded to nearest, biases in float')}", f">{_result(manifest.recipe)}"],
             results,
         ),
     ]
@@ -123,6 +123,11 @@ def course_sections(course: Course, final: float | None = None) -> list[Section]
         figures += [] if final is None else [["at the end", f"{final:.2f} %"]]
         sections.append(Section("Reported accuracy", ["", ">top-1"], figures))
     return sections
+
+
+def _result(recipe: Mapping[str, Any]) -> str:
+    distilled = ", distilled" if recipe.get("distill") else ""
+    return f"result, {str(recipe['rounding']).partition(':')[0]}{distilled}, on integers"
 
 
 def _widths(qm: QuantizedModel, layers: Sequence[str]) -> str:

@@ -116,12 +116,17 @@ def _opened(source: Any, networks: tuple[fx.GraphModule, ...], run: Run, size: i
 
 
 def kept_state(
-    run: Run, networks: tuple[fx.GraphModule, ...], source: Any, how: Training, images: Tensor | None, reported: bool
-) -> BatchCache | None:
-    """Where the state after each epoch is kept; its name covers all that the training depends on."""
+    run: Run, networks: tuple[fx.GraphModule, ...], source: Any, how: Training, images: Tensor | None, labelled: Pictures | None,
+    trained: str = "",
+) -> BatchCache | None:  # fmt: skip
+    """Where the state after each epoch is kept; its name covers all that the training depends on.
+
+    trained: what the graphs, which are of networks in eval mode, leave out of the student: dropout, momentum.
+    """
     if run.cache is None:
         return None
-    told: dict[str, Any] = {"training": plugins.describe_options(how), "reported": reported, "seed": run.seed}
+    told: dict[str, Any] = {"training": plugins.describe_options(how), "student": trained, "seed": run.seed}
+    told["reported"] = None if labelled is None else labelled.digest()
     if images is None:
         told |= settings(source, run)
     else:

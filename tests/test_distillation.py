@@ -147,6 +147,19 @@ def test_other_settings_do_not_resume(tmp_path: Path):
     assert not _same(_distilled(cache=tmp_path, seed=1).student, first.student)
     other = _distilled(training=SHORT + ",lr=0.5", cache=tmp_path)
     assert not _same(other.student, first.student) and _same(_distilled(cache=tmp_path).student, first.student)
+    ordinary, slow = build("shared_relu"), build("shared_relu")
+    for module in slow.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.9
+    made = [_distilled(REPLAY, student=student, cache=tmp_path).student for student in (ordinary, slow)]
+    assert not _same(*made)
+
+
+def test_the_curve_of_other_pictures_is_not_taken_for_these(tmp_path):
+    x, y = _labelled()
+    for labels in (y, (y + 1) % 10):
+        found = _distilled(report_on=(x, labels), cache=tmp_path)
+        assert found.course.accuracies == _distilled(report_on=(x, labels)).course.accuracies
 
 
 @pytest.mark.parametrize("data", [None, NAYER, REPLAY, "gaussian:count=32"])

@@ -4,6 +4,7 @@
     l1    mean |z - z_s|
     iq    mean over blocks of Σ smooth_l1(y_s - y),   per image
 
+A single score has no classes to tell apart: there, kl is l1.
 z, z_s: scores of teacher and student; y, y_s: what their blocks yield; T: temperature.
 
 Ref: Hinton et al., 2015 (kl); Binici et al., PRE-DFKD, AAAI 2022, eq. 9 (l1); Haroush et al., The Knowledge Within, CVPR 2020,
@@ -38,5 +39,6 @@ def iq(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
 def distance(student: Sequence[Tensor], teacher: Sequence[Tensor], training: Training) -> Tensor:
     """The loss of a training. First come the networks' results, then what blocks yield, where that counts."""
     scores = student[0], teacher[0]
-    loss = F.l1_loss(*scores) if training.loss == "l1" else kl(*scores, training.temperature)
+    by_score = training.loss == "l1" or scores[0].ndim < 2 or scores[0].shape[1] < 2
+    loss = F.l1_loss(*scores) if by_score else kl(*scores, training.temperature)
     return loss + training.iq * iq(student[1:], teacher[1:]) if len(student) > 1 else loss

@@ -43,3 +43,11 @@ def test_blocks_count_alike_and_per_image():
 def test_scores_by_their_distance():
     student, teacher = torch.randn(4, 10), torch.randn(4, 10)
     assert torch.equal(distance([student], [teacher], Training(loss="l1")), F.l1_loss(student, teacher))
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (4, 1, 2, 2)])
+def test_a_single_score_is_learned_by_its_distance(shape: tuple[int, ...]):
+    student, teacher = torch.zeros(shape, requires_grad=True), torch.ones(shape)
+    loss = distance([student], [teacher], Training())
+    loss.backward()
+    assert loss.item() == 1 and student.grad is not None and bool((student.grad < 0).all())
