@@ -71,6 +71,8 @@ class Logits:
     def __post_init__(self) -> None:
         if not 0 < self.held_out < 1:
             raise SpecError(f"held_out={self.held_out} given; it is a share of the images, above 0 and below 1")
+        if not self.lr_weight + self.lr_act + self.lr_bias + self.lr_round:
+            raise SpecError("every rate of the joint pass is 0; one above is needed, or --finish none")
         if self.mix < 0:
             raise SpecError(
                 f"mix={self.mix} given; the parameter of a Beta distribution is above 0, and 0 mixes nothing"
@@ -82,7 +84,9 @@ class Logits:
     ) -> tuple[fx.GraphModule, dict[str, float]]:  # fmt: skip
         """See `ptq.contracts.Finisher`."""
         if not len(judges):
-            feedback.note(f"{len(images)} images are too few for a joint pass: none can be held back to judge it")
+            feedback.note(
+                f"{len(images)} images are too few for a joint pass, which takes 48: 16 at least are held back to judge it"
+            )
             return student, {}
         if self.mix > 0:
             judges = torch.cat([judges, *((judges + judges.roll(k, 0)) / 2 for k in range(1, 1 + _BLENDS))])
