@@ -250,7 +250,9 @@ def read_plan(path: Path) -> QuantPlan:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         return QuantPlan.from_json(data.get("plan", data))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SpecError) as e:
+    except OSError as e:
+        raise ArtifactError(f"{path} cannot be read: {e.strerror or e}") from e
+    except (ValueError, KeyError, TypeError, AttributeError, SpecError) as e:
         raise ArtifactError(f"{path} is not a plan of this program: {type(e).__name__}: {e}") from e
 
 

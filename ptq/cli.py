@@ -83,6 +83,8 @@ def _settle(args: argparse.Namespace) -> None:
             raise SpecError(f"that run made its images with {number} further networks; name as many by --with")
         if found["bits"] == "plan" and args.bits is None and args.plan is None:
             args.plan = args.recipe  # a manifest holds its plan
+        arch = found.pop("arch")
+        args.arch = args.arch or arch
         recipe |= found | {"bits": _RECIPE["bits"] if found["bits"] == "plan" else found["bits"]}
     for name, setting in recipe.items():
         if getattr(args, name, None) is None:
@@ -91,6 +93,8 @@ def _settle(args: argparse.Namespace) -> None:
     for name in ("finish", "distill"):
         if getattr(args, name, None) == "none":
             setattr(args, name, None)
+    if args.plan is not None:
+        read_plan(args.plan)  # before any work is spent
     if args.input_shape is None:
         raise SpecError("the input shape is missing; give --input-shape C,H,W, as in --input-shape 3,224,224")
 
@@ -99,7 +103,10 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))["manifest"]
         found = {name: manifest["recipe"].get(name, default) for name, default in _RECIPE.items()}
-        found["further_teachers"] = manifest["recipe"].get("further_teachers", 0)
+        found |= {
+            "further_teachers": manifest["recipe"].get("further_teachers", 0),
+            "arch": manifest["recipe"].get("arch"),
+        }
         return found | {name: manifest[name] and tuple(manifest[name]) for name in ("input_shape", "mean", "std")}
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise ArtifactError(f"{path} is not a manifest of this program: {type(e).__name__}: {e}") from e

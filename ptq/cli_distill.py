@@ -39,7 +39,9 @@ def run_distill(args: argparse.Namespace) -> int:
         SpecError: neither a folder nor a student is named, or both.
     """
     named = args.student is not None or args.student_arch is not None
-    if (args.folder is not None) == named:
+    if args.folder is not None and named:
+        raise SpecError(f"{args.folder} and a student given: only one of them can learn")
+    if args.folder is None and not named:
         raise SpecError(
             "name what shall learn: a folder that 'ptq quantize -o' wrote, or a student by --student-arch (and --student)"
         )

@@ -139,7 +139,7 @@ _NEW = ("distill", *TEACHER, "--student-arch", f"{FILE}:SharedReLU", "-o", "made
     ("args", "says"),
     [
         (("distill",), "name what shall learn"),
-        (("distill", "out", "--student-arch", ARCH), "name what shall learn"),
+        (("distill", "out", "--student-arch", ARCH), "only one of them can learn"),
         (("distill", "nowhere"), "holds no manifest.json"),
         (("distill", "--student-arch", ARCH, "-o", "made"), "--teacher is missing"),
         (("distill", "out", "--then", "w4a4"), "--then given"),
