@@ -156,16 +156,20 @@ def check_written(folder: Path, file: Path) -> bool:
     Raises:
         ArtifactError: one names it, and it is another.
     """
-    record = file.with_suffix(".json")
-    vouched = check_file(_read_manifest(folder), file)
-    if not vouched and record.is_file():
+    record = proof_record(file)
+    if record.is_file():  # written later than the manifest, of a file that may have taken another's place
         try:
             data = json.loads(record.read_text(encoding="utf-8"))
             check_seal(data, record)
-            vouched = check_file(data, file)
+            return check_file(data, file)
         except (OSError, ValueError, AttributeError, TypeError) as e:
             raise ArtifactError(f"{record} cannot be read: {_line(e)}") from e
-    return vouched
+    return check_file(_read_manifest(folder), file)
+
+
+def proof_record(file: Path) -> Path:
+    """Where it stands what was found of a file that was exported on its own: model.openvino.onnx, model.openvino.proof.json."""
+    return file.with_name(f"{file.stem}.proof.json")
 
 
 def written_files(folder: Path, suffix: str) -> list[Path]:

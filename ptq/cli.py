@@ -47,6 +47,9 @@ _RECIPE: dict[str, Any] = {
 }  # fmt: skip
 
 
+_OF_A_PLAN = ("bits", "weights", "activations", "scales", "edges", "adds", "placement", "ties")  # what it says already
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command. Exit status: 0; 2 for a usage error or bad input; 1 where the work itself failed; 130 interrupted."""
     args = build_parser(_COMMANDS).parse_args(argv)
@@ -73,9 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _settle(args: argparse.Namespace) -> None:
     """Fills in what the command line left open: from the recipe, then the defaults."""
-    for name in ("bits", "weights", "activations", "scales", "edges", "adds", "placement", "ties"):
-        if args.plan is not None and getattr(args, name) is not None:
-            raise SpecError(f"--plan and --{name} given; a plan says every width and grid already")
+    given = [name for name in _OF_A_PLAN if getattr(args, name) is not None]
     recipe = dict(_RECIPE)
     if getattr(args, "recipe", None) is not None:
         found = _read_recipe(args.recipe)
@@ -83,9 +84,9 @@ def _settle(args: argparse.Namespace) -> None:
             raise SpecError(f"that run made its images with {number} further networks; name as many by --with")
         if found["bits"] == "plan" and args.bits is None and args.plan is None:
             args.plan = args.recipe  # a manifest holds its plan
-        arch = found.pop("arch")
-        args.arch = args.arch or arch
         recipe |= found | {"bits": _RECIPE["bits"] if found["bits"] == "plan" else found["bits"]}
+    if args.plan is not None and given:
+        raise SpecError(f"--{given[0]} and a plan given; a plan says every width and grid already")
     for name, setting in recipe.items():
         if getattr(args, name, None) is None:
             setattr(args, name, setting)
@@ -103,10 +104,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))["manifest"]
         found = {name: manifest["recipe"].get(name, default) for name, default in _RECIPE.items()}
-        found |= {
-            "further_teachers": manifest["recipe"].get("further_teachers", 0),
-            "arch": manifest["recipe"].get("arch"),
-        }
+        found["further_teachers"] = manifest["recipe"].get("further_teachers", 0)
         return found | {name: manifest[name] and tuple(manifest[name]) for name in ("input_shape", "mean", "std")}
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise ArtifactError(f"{path} is not a manifest of this program: {type(e).__name__}: {e}") from e
@@ -189,7 +187,7 @@ def _baselines(
 def _inspect(args: argparse.Namespace) -> int:
     _settle(args)
     model = load_model(args.model, args.arch, trust_pickle=args.trust_pickle)
-    target = None if args.target is None else plugins.build("exporters", args.target)
+    target = None if args.target in (None, "none") else plugins.build("exporters", args.target)
     folded = fold_batch_norm(trace(model, args.input_shape))
     if args.plan is not None:
         if args.layers:
@@ -222,7 +220,10 @@ def _export(args: argparse.Namespace) -> int:
     path = args.output or _free_name(args.folder, target)
     proof = export(qm, target, path)
     record_proof(path, args.target, proof)
-    print_sections(Console(), [proof_section(proof, f"{path}: passed")])
+    if "integer_layers" in proof:
+        print_sections(Console(), [proof_section(proof, f"{path}: passed")])
+    else:  # another's exporter has figures of its own
+        Console().print(f"{path}: passed")
     if args.vectors is not None:
         Console().print(f"{write_vectors(qm, images[: args.vectors], path.parent / 'vectors')}: golden vectors")
     return 0
@@ -231,7 +232,8 @@ def _export(args: argparse.Namespace) -> int:
 def _free_name(folder: Path, target: Any) -> Path:
     """model.onnx, or where that is there, verified and reported, model.TARGET.onnx beside it."""
     path = folder / f"model{target.suffix}"
-    return folder / f"model.{getattr(target, 'profile', 'exported')}{target.suffix}" if path.exists() else path
+    taken = path in written_files(folder, target.suffix)
+    return folder / f"model.{getattr(target, 'profile', 'exported')}{target.suffix}" if taken else path
 
 
 def _eval(args: argparse.Namespace) -> int:

@@ -81,11 +81,11 @@ def write_network(
         accuracy = {name: top1(run, pictures) for name, run in measured.items()} if pictures is not None else {}
         found = {"proof": proof, "top1": accuracy, "bytes": _sizes(model, qm, folder)}
         qm = replace(qm, manifest=replace(qm.manifest, metrics={**qm.manifest.metrics, **found}))
-        qm.write(folder)
         write_more(folder)
         sections = run_sections(qm, found["bytes"], proof, accuracy)
         title = f"{qm.manifest.source} at {qm.manifest.bits}"
         (folder / "report.md").write_text(markdown(title, sections, qm.manifest.notes), encoding="utf-8")
+        qm.write(folder)  # last: the manifest has the checksums of all others
         if proof is not None and not proof["passed"]:
             kept = output.with_name(f"{output.name}.failed")
             shutil.rmtree(kept, ignore_errors=True)

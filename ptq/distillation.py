@@ -4,6 +4,7 @@ The student is a network of another architecture (`distill`) or the teacher's ow
 """
 
 import copy
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -118,7 +119,7 @@ def distill(
         check_batch_norms(pupil)
         restore = settle_source(build_source(restore, effort), networks, run, effort)
     images = run.timed("images", gather, source, networks, run) if how.feed == "set" else None
-    kept = kept_state(run, (*networks, graph), source, how, images, labelled, str(pupil))
+    kept = kept_state(run, (*networks, graph), source, how, images, labelled, re.sub(r" at 0x\w+", "", str(pupil)))
     feed = make_feed(how, source, networks, pupil, run, images, kept)
     teacher = use_batch_statistics(networks[0]) if by_batch else networks[0]
     job = Job(

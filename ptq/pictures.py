@@ -60,12 +60,16 @@ class Pictures:
         return len(self.source)
 
     def digest(self) -> str:
-        """A name that these pictures share only with equal ones; of files, with such of equal names, sizes and times."""
-        told = hashlib.sha256(repr((self.input_shape, self.mean, self.std, self.fit)).encode())
+        """A name that these pictures share only with equal ones; of files, with such of equal names and sizes."""
+        told = hashlib.sha256(
+            repr(
+                (self.input_shape, *(v if v is None else v.tolist() for v in (self.mean, self.std)), self.fit)
+            ).encode()
+        )
         if self.labels is not None:
             told.update(self.labels.numpy().tobytes())
         if isinstance(self.source, list):
-            told.update(repr([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in self.source]).encode())
+            told.update(repr([(f.name, f.stat().st_size) for f in self.source]).encode())
         else:
             told.update(np.ascontiguousarray(self.source).data)
         return told.hexdigest()

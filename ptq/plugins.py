@@ -25,7 +25,7 @@ _PACKAGES: dict[Kind, str] = {
     "exporters": "ptq.exporters",
 }  # fmt: skip
 
-# Options of any plug-in, by how their names begin, that no sign turns into something useful; and shares.
+# Options of any plug-in that no sign turns into something useful, beside rates, lr_…; of these, shares.
 _NOT_NEGATIVE = ("lr", "drop", "warmup", "penalty", "logits", "blocks", "scale_step", "held_out")
 _AT_MOST = {"drop": 1, "held_out": 1}
 
@@ -78,7 +78,7 @@ def build(kind: Kind, text: str, effort: str = "full", *, training: bool = False
             raise PluginError(f"option {key}={options[key]} of {name}: at least {least} is needed")
     for key, value in options.items():
         if (
-            key.startswith(_NOT_NEGATIVE)
+            (key in _NOT_NEGATIVE or key.startswith("lr_"))
             and isinstance(value, int | float)
             and not 0 <= value <= _AT_MOST.get(key, math.inf)
         ):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ptq import plugins
-from ptq.artifact import QuantizedModel
+from ptq.artifact import QuantizedModel, proof_record
 from ptq.contracts import Exporter, make_rng
 from ptq.errors import ExportError
 from ptq.graph.ops import input_node
@@ -36,6 +36,8 @@ def export(qm: QuantizedModel, target: str | Exporter, path: Any, *, images: Ten
     try:
         exporter.check(qm.student, qm.plan)
     except ExportError as e:
+        if "; add --" not in str(e):
+            raise
         raise ExportError(f"{e}. The network stands as it was quantized: quantize it again with what is missing") from e
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -53,12 +55,12 @@ def export(qm: QuantizedModel, target: str | Exporter, path: Any, *, images: Ten
 
 
 def record_proof(path: Path, target: str, proof: dict[str, Any]) -> Path:
-    """Writes what was found of an exported file beside it, with the file's checksum: PATH with the suffix .json.
+    """Writes what was found of an exported file beside it, with the file's checksum: see `proof_record`.
 
     Raises:
         ExportError: it cannot be written.
     """
-    record = path.with_suffix(".json")
+    record = proof_record(path)
     try:
         record.write_text(
             json.dumps(sealed({"target": target, "proof": proof}, [path]), indent=1) + "\n", encoding="utf-8"

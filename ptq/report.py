@@ -127,7 +127,7 @@ def course_sections(course: Course, final: float | None = None) -> list[Section]
 
 def _result(recipe: Mapping[str, Any]) -> str:
     distilled = ", distilled" if recipe.get("distill") else ""
-    return f"result, {str(recipe['rounding']).partition(':')[0]}{distilled}, on integers"
+    return f"result, {str(recipe['rounding']).partition(':')[0]}{distilled}"
 
 
 def _widths(qm: QuantizedModel, layers: Sequence[str]) -> str:

@@ -142,6 +142,6 @@ def test_an_artifact_without_checksums_is_read(saved):
 def test_files_that_nothing_vouches_for(saved):
     (saved[1] / "other.onnx").write_bytes(b"anything")
     assert not check_written(saved[1], saved[1] / "other.onnx")
-    (saved[1] / "other.json").write_text("[]")
+    (saved[1] / "other.proof.json").write_text("[]")
     with pytest.raises(ptq.ArtifactError, match="cannot be read"):
         check_written(saved[1], saved[1] / "other.onnx")

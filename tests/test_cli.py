@@ -67,7 +67,7 @@ def test_quiet_prints_nothing(work, capsys):
 
 def test_recipe_repeats_a_run_bit_for_bit(work):
     assert quantize("--quiet", "--seed", "5") == 0
-    given = ["model.pt", "--recipe", "out/manifest.json", "-o", "again", "--quiet"]
+    given = ["model.pt", "--arch", ARCH, "--recipe", "out/manifest.json", "-o", "again", "--quiet"]
     assert main(["quantize", *given]) == 0
     for name in ("tensors.safetensors", "model.onnx"):
         assert Path("out", name).read_bytes() == Path("again", name).read_bytes()
@@ -89,7 +89,7 @@ def test_what_was_verified_is_not_overwritten_by_an_export_for_another_target(wo
     shown = capsys.readouterr().out
     assert "layers in integer kernels" in shown and "outputs that differ in any bit" in shown
     assert Path("out/model.onnx").read_bytes() == before
-    record = json.loads(Path("out/model.openvino.json").read_text())
+    record = json.loads(Path("out/model.openvino.proof.json").read_text())
     assert (
         record["proof"]["passed"] and record["target"] == "openvino" and set(record["files"]) == {"model.openvino.onnx"}
     )
@@ -181,7 +181,7 @@ _BASE = ("quantize", "model.pt", "--arch", ARCH, "-o", "out", "--input-shape", "
         ((*_BASE, "--mean", "0.5"), "mean and std belong together"),
         ((*_BASE, "--mean", "0,0", "--std", "1,1"), "one number per channel"),
         ((*_BASE, "--adds", "9"), "2 to 8"),
-        ((*_BASE, "--plan", "plan.json", "--weights", "symmetric"), "--plan and --weights given"),
+        ((*_BASE, "--plan", "plan.json", "--weights", "symmetric"), "--weights and a plan given"),
         ((*_BASE, "--plan", "nowhere.json"), "nowhere.json cannot be read: No such file"),
         ((*_BASE, "--rounding", "genie_m:drop=2"), "option drop=2.0 of genie_m: 0 to 1 is needed"),
         ((*_BASE, "--data", "zeroq:lr=-1"), "option lr=-1.0 of zeroq: 0 or more is needed"),

@@ -3,6 +3,7 @@
 Each function takes a `Call` and returns the steps that replace it.
 """
 
+import math
 from collections.abc import Callable
 from itertools import cycle
 from typing import Any
@@ -124,7 +125,11 @@ def resize(mode: str | None = None) -> Callable[[Call], list[Step]]:
             return []
         if call.kwargs.get("antialias"):
             raise Unsupported("interpolation with antialias")
-        if not call.get(5, "recompute_scale_factor") and not _is_ratio(_factors(call), call.shape, call.out):
+        if (
+            not align
+            and not call.get(5, "recompute_scale_factor")
+            and not _is_ratio(_factors(call), call.shape, call.out)
+        ):
             raise Unsupported("interpolation by a factor that is not the ratio of the sizes")
         if asked == "bilinear":
             return [ResizeBilinear(size, align)]
@@ -146,7 +151,9 @@ def _factors(call: Call) -> list[float]:
 
 
 def _is_ratio(factors: list[float], shape: tuple[int, ...], out: tuple[int, ...]) -> bool:
-    return not factors or all(f * n == m for f, n, m in zip(cycle(factors), shape[-2:], out[-2:]))
+    return not factors or all(
+        math.isclose(f * n, m, rel_tol=1e-9) for f, n, m in zip(cycle(factors), shape[-2:], out[-2:])
+    )
 
 
 def _align_corners(call: Call, mode: str) -> Any:

@@ -82,11 +82,18 @@ def _refuse_hooks(model: nn.Module) -> None:
 
 
 def _refuse_broken_weights(model: nn.Module) -> None:
-    """Parameters and statistics of BatchNorm; other buffers may well hold an infinite mask."""
+    """Parameters and statistics of BatchNorm; what is no layer of torch's own may well hold an infinite mask."""
     for path, module in model.named_modules():
-        buffers = module.named_buffers(recurse=False) if isinstance(module, BATCH_NORMS) else ()
+        norm = isinstance(module, BATCH_NORMS)
+        buffers = module.named_buffers(recurse=False) if norm else ()
         for name, tensor in (*module.named_parameters(recurse=False), *buffers):
-            broken = ~tensor.isfinite() | ((tensor < 0) & (name == "running_var"))
+            broken = (
+                ~tensor.isfinite()
+                if norm or type(module).__module__.startswith("torch.nn.modules.")
+                else tensor.isnan()
+            )
+            if name == "running_var":
+                broken |= tensor < 0
             if bool(broken.any()):
                 raise ModelError(
                     f"{f'{path}.{name}'.lstrip('.')}: {int(broken.sum())} of {tensor.numel()} values are NaN, infinite or, of a "

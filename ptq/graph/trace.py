@@ -69,10 +69,10 @@ def trace(model: nn.Module, input_shape: tuple[int, int, int]) -> fx.GraphModule
     try:
         recorder = record(gm, input_shape)
     except ModelError as e:
-        if (count := fixed_batch(original)) is None:
+        if (count := fixed_batch(original)) in (None, 2):  # two images are what was tried
             raise
         raise ModelError(
-            f"the archive was exported for {count} images at a time, no more and no less; export it with a free batch, "
+            f"{e}. The archive was exported for {count} images at a time: with a free batch it is exported by "
             "dynamic_shapes=({0: torch.export.Dim('batch')},)"
         ) from e
     try:

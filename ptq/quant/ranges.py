@@ -21,8 +21,8 @@ _CHUNK = 16  # images, of the smoothed range
 
 # A channel whose largest weight is below this share of the layer's largest is dead: rounding noise of training, which
 # must not be blown up to the full integer range. (Trained ImageNet MobileNets hold filters of 1e-15.)
-_HUGE = 1e12  # errors beyond it, to a power, leave float32's range
 _DEAD = 1e-6
+_HUGE = 1e12  # errors beyond it, to a power, leave float32's range
 
 
 def _per_channel(x: Tensor, spec: QuantSpec) -> Tensor:
@@ -100,8 +100,8 @@ def lp(x: Tensor, spec: QuantSpec, ends: Tensor | None = None, *, p: float = 2.4
     """
     flat = _per_channel(x, spec)
     low, high = _bounds(flat, ends)
-    if (reach := float(torch.maximum(high, -low).max())) > _HUGE:
-        unit = 2.0 ** math.ceil(math.log2(reach))  # exact, and a power of two stays one
+    if _HUGE < (reach := float(torch.maximum(high, -low).max())) < math.inf:
+        unit = 2.0 ** math.floor(math.log2(reach))  # exact, and a power of two stays one
         found = lp(x / unit, spec, None if ends is None else ends / unit, p=p, candidates=candidates)
         return replace(found, scale=found.scale * unit)
     row = replace(spec, axis=0)

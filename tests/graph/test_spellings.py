@@ -144,3 +144,46 @@ def test_a_module_named_as_a_constant_of_the_file(tmp_path):
     net.add_module("flat", nn.Flatten())
     qm = ptq.quantize(net.eval(), "w8a8", images(), input_shape=SHAPE, rounding="nearest")
     assert ptq.export(qm, "onnx_qdq", tmp_path / "m.onnx")["passed"]
+
+
+class Masked(nn.Module):
+    """Attention over channels behind an infinite mask, kept as a buffer or as a parameter."""
+
+    def __init__(self, parameter: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.score, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 8), nn.Linear(8, 5)
+        mask = torch.zeros(8).index_fill(0, torch.tensor([1, 4]), float("-inf"))
+        if parameter:
+            self.mask = nn.Parameter(mask, requires_grad=False)
+        else:
+            self.register_buffer("mask", mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.conv(x)).mean((2, 3))
+        return self.head(y * F.softmax(self.score(y) + self.mask, 1))
+
+
+@pytest.mark.parametrize("parameter", [False, True])
+def test_an_infinite_mask_is_quantized_around(parameter: bool):
+    qm = ptq.quantize(Masked(parameter).eval(), "w8a8", images(), input_shape=SHAPE, rounding="nearest")
+    assert qm.manifest.metrics["sqnr_db"] > 15
+
+
+class Frequencies(nn.Module):
+    """A layer with complex weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.weight = nn.Conv2d(3, 8, 3), nn.Parameter(torch.randn(8, 14, 8, dtype=torch.cfloat))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.fft.irfft2(torch.fft.rfft2(self.conv(x)) * self.weight, s=(14, 14))
+        return y.mean((2, 3))
+
+
+def test_complex_weights_of_a_network_are_no_broken_weights():
+    net = Frequencies().eval()
+    with torch.no_grad():
+        assert relative_error(trace(net, SHAPE)(images(3)), net(images(3))) < 1e-5
