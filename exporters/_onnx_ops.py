@@ -33,20 +33,26 @@ def _conv(b: Builder, node: fx.Node, out: str) -> str:
         left, right, top, bottom = (*b.module(source).pads, 0, 0)[:4]
         source = source.all_input_nodes[0]
     ph, pw = m.padding
-    kept = _stays_float(b, node)
-    conv = b.add(
-        "Conv", [b.names[source], weight_of(b, node), *bias_of(b, node)], f"{out}.float" if kept else out,
+    inputs = [b.names[source], weight_of(b, node), *bias_of(b, node)]
+    return _add(
+        b, "Conv", inputs, out, kept=_stays_float(b, node),
         kernel_shape=list(m.kernel_size), strides=list(m.stride), dilations=list(m.dilation), group=m.groups,
         pads=[top + ph, left + pw, bottom + ph, right + pw],
     )  # fmt: skip
-    return b.add("Sum", [conv], out) if kept else conv
+
+
+def _add(b: Builder, op: str, inputs: list[str], out: str, *, kept: bool, **attributes: Any) -> str:
+    """A node; where it is to be `kept` in float, with a sum of one tensor between it and the QuantizeLinear behind it, which
+    keeps onnxruntime from making one integer kernel of both."""
+    if not kept:
+        return b.add(op, inputs, out, **attributes)
+    return b.add("Sum", [b.add(op, inputs, f"{out}.float", **attributes)], out)
 
 
 def _stays_float(b: Builder, node: fx.Node) -> bool:
     """Whether a layer's weight is float between quantized tensors.
 
-    onnxruntime rounds such a weight to 8 bits on its own (its WeightBiasQuantization), unless something, such as a sum of one
-    tensor, stands between the layer and the QuantizeLinear behind it.
+    onnxruntime rounds such a weight to 8 bits on its own (its WeightBiasQuantization), unless the layer is kept in float.
     """
     return integer_codes(b.module(node), "weight") is None
 
@@ -54,10 +60,8 @@ def _stays_float(b: Builder, node: fx.Node) -> bool:
 def _linear(b: Builder, node: fx.Node, out: str) -> str:
     x = b.inputs(node)[0]
     if len(node.meta["shape"]) == 1:
-        kept = _stays_float(b, node)
         inputs = [x, weight_of(b, node), *bias_of(b, node)]
-        gemm = b.add("Gemm", inputs, f"{out}.float" if kept else out, transB=1)
-        return b.add("Sum", [gemm], out) if kept else gemm
+        return _add(b, "Gemm", inputs, out, kept=_stays_float(b, node), transB=1)
     bias = bias_of(b, node)
     product = b.add("MatMul", [x, weight_of(b, node, transpose=True)], f"{out}.product" if bias else out)
     return b.add("Add", [product, *bias], out) if bias else product
@@ -221,10 +225,8 @@ def _softplus(b: Builder, node: fx.Node, out: str) -> str:
 
 
 def _softmax(b: Builder, node: fx.Node, out: str) -> str:
-    """In float: onnxruntime's kernel for codes yields 0 on grids finer than 1/256. A sum of one tensor keeps it away."""
-    kept = not is_read_as_float(b.gm, node)
-    soft = b.add("Softmax", b.inputs(node), f"{out}.float" if kept else out, axis=b.module(node).dim)
-    return b.add("Sum", [soft], out) if kept else soft
+    """In float: onnxruntime's kernel for codes yields 0 on grids finer than 1/256."""
+    return _add(b, "Softmax", b.inputs(node), out, kept=not is_read_as_float(b.gm, node), axis=b.module(node).dim)
 
 
 def _prelu(b: Builder, node: fx.Node, out: str) -> str:

@@ -31,18 +31,16 @@ from torch import Tensor, fx, nn
 from ptq.errors import ExportError
 from ptq.graph.float_region import float_remainders
 from ptq.graph.ops import output_node, weighted_nodes
+from ptq.onnx_session import onnx_session
 from ptq.quant.affine import dequantize, quantize
 from ptq.quant.fake_quant import ActFakeQuant
 
 _STEPS, _SHARE, _RESULT, _AGREEMENT, _SQNR, _VARIATION = 1, 1e-4, 1e-4, 0.995, 15.0, 10.0
 _TIE = 1e-3  # steps
-_LAST_BITS, _FLOAT_BITS = (
-    1e-5,
-    2e-7,
-)  # of what an image's scores span, and of the largest: what the order of float sums decides
-_CLOSE = (
-    30.0  # dB of the outputs as a whole: outputs that hardly vary from image to image need not agree in how they do
-)
+# What the order of float sums decides: of what an image's scores span, and of the largest.
+_LAST_BITS, _FLOAT_BITS = 1e-5, 2e-7
+# dB of the outputs as a whole, beyond which outputs that hardly vary from image to image need not agree in how they do.
+_CLOSE = 30.0
 _INTEGER = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "ConvInteger"}
 _TO_FLOAT = {"DequantizeLinear", "MatMulIntegerToFloat"}
 _QGEMM_INPUTS = 9  # with a scale and a zero point of the result; without, it is float
@@ -78,15 +76,8 @@ def open_session(
     Raises:
         ExportError: onnxruntime refuses the model.
     """
-    options = onnxruntime.SessionOptions()
-    levels = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = levels.ORT_DISABLE_ALL if literal else levels.ORT_ENABLE_ALL
-    options.log_severity_level = 3
-    if optimized is not None:
-        options.optimized_model_filepath = str(optimized)
     try:
-        source = model if isinstance(model, bytes) else str(model)
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        return onnx_session(model, literal=literal, optimized=optimized)
     except Exception as e:  # onnxruntime raises classes of its own without a common base
         raise ExportError(f"onnxruntime does not load the exported model: {str(e).splitlines()[0]}") from e
 

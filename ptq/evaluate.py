@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
 from ptq.errors import ArtifactError, CalibrationError
+from ptq.onnx_session import onnx_session
 from ptq.pictures import Pictures
 
 Runner = Callable[[Tensor], Tensor]
@@ -77,19 +76,12 @@ def sqnr_db(reference: Tensor, other: Tensor) -> float:
 def onnx_runner(path: Path) -> Runner:
     """`images → outputs` by onnxruntime, as a user runs the file; as it is written where the optimizations break on it, as they do
     on signed codes before a max pool and on types of 4 bits."""
-    levels = onnxruntime.GraphOptimizationLevel
     try:
-        session = _session(path, levels.ORT_ENABLE_ALL)
+        session = onnx_session(path)
     except Exception:  # onnxruntime raises classes of its own without a common base
         try:
-            session = _session(path, levels.ORT_DISABLE_ALL)
+            session = onnx_session(path, literal=True)
         except Exception as e:
             raise ArtifactError(f"{path} is not a model that onnxruntime loads: {str(e).splitlines()[0]}") from e
     name = session.get_inputs()[0].name
     return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
-
-
-def _session(path: Path, level: Any) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level, options.log_severity_level = level, 3
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

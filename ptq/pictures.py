@@ -61,11 +61,8 @@ class Pictures:
 
     def digest(self) -> str:
         """A name that these pictures share only with equal ones; of files, with such of equal names and sizes."""
-        told = hashlib.sha256(
-            repr(
-                (self.input_shape, *(v if v is None else v.tolist() for v in (self.mean, self.std)), self.fit)
-            ).encode()
-        )
+        space = [None if v is None else v.tolist() for v in (self.mean, self.std)]
+        told = hashlib.sha256(repr((self.input_shape, *space, self.fit)).encode())
         if self.labels is not None:
             told.update(self.labels.numpy().tobytes())
         if isinstance(self.source, list):

@@ -26,8 +26,8 @@ _PACKAGES: dict[Kind, str] = {
 }  # fmt: skip
 
 # Options of any plug-in that no sign turns into something useful, beside rates, lr_…; of these, shares.
-_NOT_NEGATIVE = ("lr", "drop", "warmup", "penalty", "logits", "blocks", "scale_step", "held_out")
-_AT_MOST = {"drop": 1, "held_out": 1}
+_NOT_NEGATIVE = ("lr", "drop", "warmup", "penalty", "scale_step")
+_AT_MOST = {"drop": 1}
 
 
 def names(kind: Kind) -> list[str]:

@@ -24,7 +24,7 @@ LAYERS = {
     "ptq.distilling": 4, "ptq.evaluate": 4, "ptq.similarity": 4, "ptq.vectors": 4, "ptq.reconstruct": 4,
     "ptq.finish": 4, "ptq.calibrators": 4, "ptq.exporters": 4,
     "ptq.contracts": 3, "ptq.training": 3, "ptq.augment": 3, "ptq.batch_cache": 3, "ptq.artifact": 3,
-    "ptq.loading": 3, "ptq.pictures": 3, "ptq.precision": 3,
+    "ptq.loading": 3, "ptq.onnx_session": 3, "ptq.pictures": 3, "ptq.precision": 3,
     "ptq.graph": 2,
     "ptq.quant": 1,
     "ptq.spec": 0, "ptq.errors": 0, "ptq.integrity": 0,

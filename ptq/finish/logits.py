@@ -71,6 +71,8 @@ class Logits:
     def __post_init__(self) -> None:
         if not 0 < self.held_out < 1:
             raise SpecError(f"held_out={self.held_out} given; it is a share of the images, above 0 and below 1")
+        if min(self.logits, self.blocks) < 0:
+            raise SpecError(f"logits={self.logits}, blocks={self.blocks} given; weights of the loss are 0 or more")
         if not self.lr_weight + self.lr_act + self.lr_bias + self.lr_round:
             raise SpecError("every rate of the joint pass is 0; one above is needed, or --finish none")
         if self.mix < 0:

@@ -9,6 +9,7 @@ a linear layer on tokens, `[B, L, C]`: it normalizes each of the L tokens, not w
 import torch
 from torch import Tensor, fx, nn
 
+from ptq.graph.channel_axis import channel_axis
 from ptq.graph.ops import BATCH_NORMS, find_op, weighted_nodes
 from ptq.graph.trace import rewrite
 
@@ -27,7 +28,7 @@ def fold_batch_norm(gm: fx.GraphModule) -> fx.GraphModule:
             layer = out.get_submodule(str(node.target))
             if not isinstance(norm, BATCH_NORMS) or norm.running_var is None:
                 continue
-            if isinstance(layer, nn.Linear) and len(node.meta["shape"]) > 1:
+            if channel_axis(out, node) != 1:
                 continue
             _fold(layer, norm)
             node.meta["value"] = users[0].meta["value"]

@@ -61,9 +61,12 @@ def select_parts(gm: fx.GraphModule, recorder: Recorder) -> None:
             continue
         (whole, *rest), kwargs, _ = recorder.calls[split]
         dim = kwargs.get("dim", rest[1] if len(rest) > 1 else 0)
-        if not isinstance(whole, TensorShape) or not isinstance(out, TensorShape) or not isinstance(dim, int):
-            continue
-        if not out.dims:
+        if (
+            not isinstance(whole, TensorShape)
+            or not isinstance(out, TensorShape)
+            or not isinstance(dim, int)
+            or not out.dims
+        ):
             continue
         dim, start = dim % len(out.dims), sum(p.dims[dim % len(out.dims)] for p in parts[:index])
         cut = (*[slice(None)] * dim, slice(start, start + out.dims[dim]))

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from ptq.contracts import Feedback
 from ptq.graph.blocks import Block, extract, input_value_node, split
+from ptq.graph.channel_axis import channel_axis
 from ptq.graph.insert import round_bias
 from ptq.graph.ops import input_node, weighted_nodes
 from ptq.quant.affine import QParams, dequantize
@@ -75,8 +76,9 @@ def mend(
                 if layer.bias is None or integer_codes(layer, "weight") is None:
                     continue
                 if how.bias == "analytic":
-                    tokens = isinstance(layer, nn.Linear) and len(nodes[path].meta["shape"]) > 1
-                    if source in expected and not tokens:  # of tokens [B, L, C], BatchNorm tells of L
+                    if (
+                        source in expected and channel_axis(student, nodes[path]) == 1
+                    ):  # of tokens, BatchNorm tells of L
                         _analytic(layer, reference.get_submodule(path), expected[source])
                     else:
                         unknown.append(path)

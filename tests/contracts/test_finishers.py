@@ -101,6 +101,9 @@ def test_a_share_that_leaves_nothing_is_refused():
     for share in (0.0, 1.0, -0.5):
         with pytest.raises(SpecError, match="held_out"):
             Logits(held_out=share)
+    for weight in ("logits", "blocks"):
+        with pytest.raises(SpecError, match="weights of the loss are 0 or more"):
+            Logits(**{weight: -1.0})
     with pytest.raises(SpecError, match="every rate of the joint pass is 0"):
         Logits(lr_weight=0, lr_act=0, lr_bias=0)
 

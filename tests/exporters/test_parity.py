@@ -66,24 +66,20 @@ def test_a_file_of_integer_kernels_must_be_equal_in_every_bit(monkeypatch, tmp_p
 
 
 def test_scores_that_only_the_last_bits_tell_apart_are_no_other_class():
-    from ptq.exporters._parity import _same_class
-
     simulated = torch.tensor([[1.0, 1.0 + 1e-7, 0.0], [3.0, 1.0, 2.0]])
     real = torch.tensor([[1.0 + 1e-7, 1.0, 0.0], [2.0, 1.0, 3.0]])
-    assert _same_class(simulated, real).tolist() == [1.0, 0.0]
-    assert _same_class(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 0.0]])).item() == 0
+    assert _parity._same_class(simulated, real).tolist() == [1.0, 0.0]
+    assert _parity._same_class(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 0.0]])).item() == 0
 
 
 def test_a_constant_result_is_no_tie():
-    from ptq.exporters._parity import _failure
-
     found = {"result_error": 0.0, "top1_agreement": 1.0, "images": 1, "sqnr_db": 0.0, "variation_db": -300.0}
-    assert "0.0 dB apart" in (_failure([], found, 1, True) or "")
-    assert _failure([], found | {"sqnr_db": 60.0}, 1, True) is None
+    assert "0.0 dB apart" in (_parity._failure([], found, 1, True) or "")
+    assert _parity._failure([], found | {"sqnr_db": 60.0}, 1, True) is None
     assert "from image to image" in (
-        _failure([], found | {"images": 8, "sqnr_db": 29.0, "variation_db": -1.0}, 8, True) or ""
+        _parity._failure([], found | {"images": 8, "sqnr_db": 29.0, "variation_db": -1.0}, 8, True) or ""
     )
-    assert _failure([], found | {"images": 8, "sqnr_db": 60.0, "variation_db": -1.0}, 8, True) is None
+    assert _parity._failure([], found | {"images": 8, "sqnr_db": 60.0, "variation_db": -1.0}, 8, True) is None
 
 
 class Pooled(nn.Module):
