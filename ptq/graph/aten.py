@@ -58,6 +58,7 @@ ATEN: dict[str, Callable[[Call], list[Any]]] = {
     "prelu": constant.prelu, "sub": constant.subtract, "rsub": _reversed, "div": constant.divide,
     "add": constant.arithmetic(operator.add),
     "mul": constant.arithmetic(operator.mul), "upsample_nearest2d": spatial.resize("nearest"),
+    "_upsample_nearest_exact2d": spatial.resize("nearest-exact"),
     "upsample_bilinear2d": spatial.resize("bilinear"), "slice": spatial.select_slice,
     "select": spatial.select,
 } | {

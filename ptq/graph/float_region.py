@@ -34,8 +34,13 @@ _INTERNAL = {
     "_to_copy",
     "_upsample_bilinear2d_aa",
     "_upsample_bicubic2d_aa",
+    "_upsample_nearest_exact2d",
 }  # of the names that begin with an underscore
 _UNDEFINED = ("empty", "new_empty", "as_strided", "resize")  # results that depend on memory and its layout
+# Operations that are random only by an argument, which is looked at where they are called: its place, name, and harmless value.
+_DROPPING: dict[str, tuple[int, str, Any]] = {"scaled_dot_product_attention": (4, "dropout_p", 0.0)} | dict.fromkeys(
+    ("lstm", "gru", "rnn_tanh", "rnn_relu"), (6, "train", False)
+)
 # What says where a tensor is and how it lies in memory, not what it holds.
 PLACEMENT = ("device", "layout", "pin_memory", "memory_format", "generator")
 PART = "getitem"  # one of several results
@@ -92,8 +97,8 @@ def objection(op: torch._ops.OpOverload) -> str | None:
 def fickleness(op: torch._ops.OpOverload) -> str | None:
     """Why an operation's result, or its shape, is not the same each time for tensors of the same shapes; None where it is."""
     base = op._schema.name.partition("::")[2]
-    # Attention counts as random for its dropout; that is looked at where the operation is called.
-    if torch.Tag.nondeterministic_seeded in op.tags and base != "scaled_dot_product_attention":
+    checked = base in _DROPPING and op._overloadname != "data"  # packed sequences have their arguments elsewhere
+    if torch.Tag.nondeterministic_seeded in op.tags and not checked:
         return "gives random numbers"
     # An index may be of booleans; likewise.
     if torch.Tag.dynamic_output_shape in op.tags and base != "index":
@@ -156,8 +161,9 @@ class FloatRegion(nn.Module):
 def _check(name: str, args: Any, kwargs: tuple[tuple[str, Any], ...]) -> None:
     if not isinstance(args, tuple) or not all(isinstance(k, str) and k not in PLACEMENT for k, _ in kwargs):
         raise ModelError(f"step {name} of a float region is damaged")
-    dropout = [*args[4:5], *(v for k, v in kwargs if k == "dropout_p")]
-    if name.startswith("scaled_dot_product_attention.") and dropout not in ([], [0.0]):
+    place, argument, harmless = _DROPPING.get(name.partition(".")[0], (0, "", None))
+    given = [*args[place : place + 1], *(v for k, v in kwargs if k == argument)]
+    if argument and given not in ([], [harmless]):
         raise ModelError(f"aten.{name} with dropout gives random numbers")
 
 

@@ -18,7 +18,7 @@ from ptq.graph.recorder import Recorder
 from ptq.graph.source_line import source_of
 
 LAYER = "torch.nn.modules."  # how the names of torch's own modules begin
-_NESTED = (f"{LAYER}container.", f"{LAYER}transformer.")  # of those, that are made of others
+_NESTED = (f"{LAYER}container.", f"{LAYER}transformer.", f"{LAYER}rnn.")  # of those, made of others, or of many steps
 
 
 def redirect_in_place(gm: fx.GraphModule) -> None:

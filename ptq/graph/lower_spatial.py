@@ -44,10 +44,13 @@ def adaptive(call: Call) -> list[Step]:
 def mean(call: Call) -> list[Step]:
     dims = call.get(1, "dim")
     dims = (dims,) if isinstance(dims, int) else tuple(dims or ())
-    if len(call.shape) != 3 or {d % 4 for d in dims} != {2, 3}:
-        raise Unsupported(f"mean over dimensions {dims}; the mean over height and width is supported")
-    pool = _average(call, (1, 1))
-    return [*([] if pool is None else [pool]), *reshape(Call((), {}, (call.shape[0], 1, 1), call.out))]
+    over = {d % 4 for d in dims}
+    if len(call.shape) != 3 or not over or not over <= {2, 3}:
+        raise Unsupported(f"mean over dimensions {dims}; means over height, width or both are supported")
+    _, h, w = call.shape
+    left = (1 if 2 in over else h, 1 if 3 in over else w)
+    pool = _average(call, left)
+    return [*([] if pool is None else [pool]), *reshape(Call((), {}, (call.shape[0], *left), call.out))]
 
 
 def avg_pool(call: Call) -> list[Step]:
@@ -133,6 +136,8 @@ def resize(mode: str | None = None) -> Callable[[Call], list[Step]]:
             raise Unsupported("interpolation by a factor that is not the ratio of the sizes")
         if asked == "bilinear":
             return [ResizeBilinear(size, align)]
+        if asked == "nearest-exact":
+            return _nearest_exact(tuple(call.shape[-2:]), size)
         if asked != "nearest":
             raise Unsupported(f"interpolation {asked!r}; nearest and bilinear are supported")
         factor, rest = divmod(size[1], call.shape[-1])
@@ -141,6 +146,16 @@ def resize(mode: str | None = None) -> Callable[[Call], list[Step]]:
         return [nn.UpsamplingNearest2d(scale_factor=factor)]
 
     return lower
+
+
+def _nearest_exact(shape: tuple[int, ...], size: tuple[int, ...]) -> list[Step]:
+    """Pixel `i` is `floor((i + 0.5) · n / m)` of `n`: as "nearest" to a multiple, the middle of each group to a fraction."""
+    if all(m % n == 0 for n, m in zip(shape, size)):
+        return [ResizeNearest(size)]
+    if all(n % m == 0 for n, m in zip(shape, size)):
+        steps = [n // m for n, m in zip(shape, size)]
+        return [Slice(tuple((dim, k // 2, n, k) for dim, n, k in zip((2, 3), shape, steps)))]
+    raise Unsupported("interpolation 'nearest-exact' to a size that is neither a multiple nor a fraction")
 
 
 def _factors(call: Call) -> list[float]:

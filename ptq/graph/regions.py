@@ -245,6 +245,10 @@ def _replace(gm: fx.GraphModule, root: fx.Node, inside: set[fx.Node], marks: Mar
         return
     path = f"region_{root.name}"
     gm.add_submodule(path, region)
+    computing = [n for n in needed if n.target is not operator.getitem and aten_name(n.target) not in MOVES]
+    if computing:  # whose module says more of a region than that of a move at its end
+        last = max(computing, key=lambda n: order[n])
+        root.meta["nn_module_stack"] = last.meta.get("nn_module_stack")
     root.op, root.target, root.args, root.kwargs = "call_module", path, tuple(read), {}
 
 

@@ -65,8 +65,8 @@ def test_resize_scale_gives_the_size():
             assert int(np.float32(length) * scale) == int(length * float(scale)) == size
 
 
-@pytest.mark.parametrize("size", [(24, 9), (10, 6), (5, 30)])
-@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+@pytest.mark.parametrize("size", [(24, 9), (10, 6), (5, 30), (48, 32), (8, 4)])
+@pytest.mark.parametrize("mode", ["nearest", "nearest-exact", "bilinear"])
 def test_resizing_takes_torchs_pixels(mode, size, tmp_path):
     """Weights only: everything behind them is float, so that one wrong pixel shows."""
     net = Around(lambda s, y: F.interpolate(y, size=size, mode=mode)).eval()

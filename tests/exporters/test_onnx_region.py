@@ -33,6 +33,40 @@ class Between(nn.Module):
         return self.head(self.body(self, F.relu(self.conv(x))).flatten(1))
 
 
+class Reader(nn.Module):
+    """Columns of a picture, read in order by a recurrent network, as text is."""
+
+    def __init__(self, recurrent: type[nn.RNNBase], **options) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.read = nn.Conv2d(3, 8, 3, padding=1), recurrent(8, 6, bidirectional=True, **options)
+        self.head, self.columns_first = nn.Linear(12, 10), self.read.batch_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv(x)).mean(2).permute(*((0, 2, 1) if self.columns_first else (2, 0, 1)))
+        y, _ = self.read(x)
+        return self.head(y if self.columns_first else y.transpose(0, 1))
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        Reader(nn.LSTM, num_layers=2, batch_first=True, dropout=0.5),
+        Reader(nn.LSTM),
+        Reader(nn.GRU, batch_first=True),
+        Reader(nn.RNN, nonlinearity="relu"),
+    ],
+    ids=["LSTM", "LSTM, columns first", "GRU", "RNN"],
+)
+def test_recurrent_layers_stay_float(net: Reader, tmp_path):
+    qm, proof = _proof(net, "w8a8", tmp_path / "m.onnx")
+    assert proof["passed"] and proof["integer_layers"] == len(qm.plan.weights) == 2
+    (named,) = proof["float_regions"]
+    assert "at read" in named and "mean" not in named
+    with torch.no_grad():
+        torch.testing.assert_close(qm.graph(images(3)), net(images(3)), atol=0.05, rtol=0)
+
+
 EXPORTED = [
     "cumsum", "einsum", "a token", "sum", "product of tensors", "attention", "largest values", "by index", "integers",
     "pixel_shuffle", "roll", "stack", "grid_sample", "exp, sqrt", "a norm", "a mask", "a difference", "reflection", "bicubic",

@@ -56,7 +56,7 @@ FORBIDDEN = [
     "from_file.default", "save.default", "warn.default", "add_.Tensor", "relu_.default", "add.out", "set_.source_Tensor",
     "rand_like.default", "native_dropout.default", "bernoulli.default", "nonzero.default", "masked_select.default",
     "empty.memory_format", "as_strided.default", "item.default", "_local_scalar_dense.default", "_cudnn_rnn.default",
-    "record_stream.default", "sym_size.int", "size.default", "cumsum", "cumsum.nothing", "__class__.default", "cumsum.__call__",
+    "record_stream.default", "lstm.data", "sym_size.int", "size.default", "cumsum", "cumsum.nothing", "__class__.default", "cumsum.__call__",
     "cumsum.default.redispatch", "", ".", "os.system", "../x.default", "load.default", "resize.default", "manual_seed.default",
 ]  # fmt: skip
 
@@ -74,6 +74,8 @@ def test_what_may_not_be_called(name: str):
         (),
         (("scaled_dot_product_attention.default", (X, X, X, None, 0.5), ()),),
         (("scaled_dot_product_attention.default", (X, X, X), (("dropout_p", 0.5),)),),
+        (("lstm.input", (X, (X, X), (X, X, X, X), True, 1, 0.5, True, False, False), ()),),
+        (("gru.input", (X, X, (X, X, X, X), True, 1, 0.5), (("train", True),)),),
         (("cumsum.default", (X, 1), (("device", "cuda"),)),),
         (("cumsum.default", "X", ()),),
         (("zeros_like.default", (X,), (("dtype", ("dtype", "os")),)),),

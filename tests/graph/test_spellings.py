@@ -37,9 +37,14 @@ KNOWN = {
     "all parts at once": lambda x: torch.cat(torch.tensor_split(x, 3, dim=1), 1),
     "another divisor": lambda x: F.avg_pool2d(x, 2, padding=1, divisor_override=3),
     "resizing by a whole factor": lambda x: F.interpolate(x, scale_factor=2.0),
+    "nearest-exact, larger": lambda x: F.interpolate(x, scale_factor=(3, 2), mode="nearest-exact"),
+    "nearest-exact, smaller": lambda x: F.interpolate(x, size=(8, 4), mode="nearest-exact"),
+    "nearest-exact as a module": nn.Upsample(scale_factor=2, mode="nearest-exact"),
 }
 UNKNOWN = {
     "resizing by a broken factor": lambda x: F.interpolate(x, scale_factor=1.3),
+    "nearest-exact to any size": lambda x: F.interpolate(x, size=(9, 20), mode="nearest-exact"),
+    "nearest-exact, larger and smaller": lambda x: F.interpolate(x, size=(32, 8), mode="nearest-exact"),
     "bilinear by a broken factor": lambda x: F.interpolate(x, scale_factor=0.7, mode="bilinear"),
     "softplus of its negative": lambda x: F.softplus(x, beta=-1),
     "softplus cut off early": lambda x: F.softplus(x, beta=3, threshold=2),

@@ -104,6 +104,8 @@ WRITTEN = {
     "flatten": (lambda s, y: torch.flatten(y, start_dim=1), ["reshape"]),
     "squeeze": (lambda s, y: F.avg_pool2d(y, y.shape[-2:]).squeeze(), ["avg_pool", "reshape"]),
     "mean": (lambda s, y: y.mean(dim=(-1, -2)), ["avg_pool", "reshape"]),
+    "mean of columns": (lambda s, y: y.mean(2), ["avg_pool", "reshape"]),
+    "mean of rows, kept": (lambda s, y: y.mean(-1, keepdim=True), ["avg_pool"]),
     "mean, kept": (lambda s, y: torch.mean(y, (2, 3), keepdim=True), ["avg_pool"]),
     "adaptive": (lambda s, y: F.adaptive_avg_pool2d(y, (4, 2)), ["avg_pool"]),
     "adaptive to the same": (lambda s, y: F.adaptive_avg_pool2d(y, 16), []),
