@@ -137,7 +137,7 @@ def resize(mode: str | None = None) -> Callable[[Call], list[Step]]:
         if asked == "bilinear":
             return [ResizeBilinear(size, align)]
         if asked == "nearest-exact":
-            return _nearest_exact(tuple(call.shape[-2:]), size)
+            return _nearest_exact((call.shape[-2], call.shape[-1]), size)
         if asked != "nearest":
             raise Unsupported(f"interpolation {asked!r}; nearest and bilinear are supported")
         factor, rest = divmod(size[1], call.shape[-1])
@@ -148,7 +148,7 @@ def resize(mode: str | None = None) -> Callable[[Call], list[Step]]:
     return lower
 
 
-def _nearest_exact(shape: tuple[int, ...], size: tuple[int, ...]) -> list[Step]:
+def _nearest_exact(shape: tuple[int, int], size: tuple[int, int]) -> list[Step]:
     """Pixel `i` is `floor((i + 0.5) · n / m)` of `n`: as "nearest" to a multiple, the middle of each group to a fraction."""
     if all(m % n == 0 for n, m in zip(shape, size)):
         return [ResizeNearest(size)]
