@@ -68,18 +68,20 @@ def _common(args: argparse.Namespace, feedback: Feedback) -> dict[str, Any]:
 
 def _quantized(args: argparse.Namespace, console: Console) -> None:
     """A quantized network, trained further."""
-    for name in ("then", "restore", "rounding", "input_shape", "mean", "std", "with_models"):
+    for name in ("then", "restore", "rounding", "input_shape", "mean", "std"):
         if getattr(args, name):
-            shown_as = {"with_models": "with"}.get(name, name).replace("_", "-")
-            raise SpecError(f"--{shown_as} given; it belongs to students of another architecture, not to a folder")
+            raise SpecError(
+                f"--{name.replace('_', '-')} given; it belongs to students of another architecture, not to a folder"
+            )
     args.output = args.output or args.folder.absolute().with_name(f"{args.folder.absolute().name}-distilled")
     check_free(args.output, args.force)
     qm = QuantizedModel.load(args.folder)
+    args.arch = args.arch or qm.manifest.recipe.get("arch")
     model = _teacher_of(args, qm)
     target = None if args.target == "none" else plugins.build("exporters", args.target)
     data = None if args.data is None else sized(args.data, args)
     with shown(args.quiet, console) as feedback:
-        qm = distill_quantized(model, qm, data, seed=args.seed, **_common(args, feedback))
+        qm = distill_quantized(model, qm, data, teachers=further(args), seed=args.seed, **_common(args, feedback))
     pictures = _labelled(args, qm)
     runs = {"float": runner(model, _CPU), "distilled": runner(qm.graph, _CPU)} if pictures is not None else {}
     qm, sections = write_network(qm, model, args.output, args.force, target, pictures, runs)
@@ -93,7 +95,7 @@ def _teacher_of(args: argparse.Namespace, qm: QuantizedModel) -> nn.Module:
     Raises:
         SpecError: neither names one that is there.
     """
-    path, arch, found = args.teacher, args.arch or qm.manifest.recipe.get("arch"), qm.manifest.recipe.get("model")
+    path, found = args.teacher, qm.manifest.recipe.get("model")
     if path is None:
         if found is None or not Path(found).is_file():
             raise SpecError(
@@ -101,7 +103,7 @@ def _teacher_of(args: argparse.Namespace, qm: QuantizedModel) -> nn.Module:
                 "--teacher MODEL --arch ARCH"
             )
         path = Path(found)
-    return load_model(path, arch, trust_pickle=args.trust_pickle)
+    return load_model(path, args.arch, trust_pickle=args.trust_pickle)
 
 
 def _labelled(args: argparse.Namespace, qm: QuantizedModel) -> Pictures | None:
@@ -116,6 +118,8 @@ def _student(args: argparse.Namespace, console: Console) -> None:
             raise SpecError(
                 f"--{name.replace('_', '-')} is missing; a student learns from a teacher, -o is the folder to write"
             )
+    if args.then is None and args.rounding is not None:
+        raise SpecError("--rounding is given without --then; it says how the student is quantized")
     check_free(args.output, args.force)
     if args.target != "none":
         plugins.build("exporters", args.target)
@@ -180,7 +184,7 @@ def _then(args: argparse.Namespace, found: Distilled, stated: dict[str, Any], fe
     qm = quantize(
         found.student, args.then, data, rounding=args.rounding or "genie_m", effort=args.effort, device=args.device,
         target=None if args.target == "none" else args.target, source=f"the student of {args.teacher.name}", feedback=feedback,
-        **stated,
+        cache=progress_folder(args), **stated,
     )  # fmt: skip
     recipe = {**qm.manifest.recipe, "data": found.recipe["data"], "student": found.recipe}
     return replace(qm, manifest=replace(qm.manifest, recipe=recipe, notes=[*found.notes, *qm.manifest.notes]))

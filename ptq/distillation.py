@@ -20,6 +20,7 @@ from ptq.distilling.course import Course
 from ptq.distilling.loop import Job, train
 from ptq.distilling.quantized import borders, harden, make_trainable, with_values
 from ptq.distilling.statistics import check_batch_norms, re_estimate
+from ptq.errors import SpecError
 from ptq.evaluate import agreement, outputs, runner, sqnr_db, top1
 from ptq.graph.batch_statistics import use_batch_statistics
 from ptq.graph.fold_bn import fold_batch_norm
@@ -47,6 +48,7 @@ from ptq.training_setup import (
 _SAMPLE = 1024  # of the images a student was trained on, kept to quantize it with
 # For students on a fixed set of images, of which none of the papers speaks: rate and decay that such networks are trained with.
 _ON_A_SET = Training(lr=0.1, decay=5e-4, clip=0.0, iq=0.0)
+_RESTORE = "bn_stats:count=320"
 _BATCH = 16  # images a batch when running statistics are estimated anew
 
 
@@ -74,7 +76,7 @@ def distill(
     *,
     input_shape: tuple[int, int, int],
     training: str | Training = "",
-    restore: Data = "bn_stats:count=320",
+    restore: Data | None = None,
     report_on: Labelled | None = None,
     teachers: Sequence[nn.Module] = (),
     effort: str = "standard",
@@ -93,7 +95,7 @@ def distill(
         input_shape: (C, H, W).
         training: options that differ from the data source's, "epochs=20,steps=100", or all of them, see `ptq.training.Training`.
         restore: for students that learn under the batch's statistics (`gaussian`): images on which their running statistics are
-            estimated afterwards, see `ptq.distilling.statistics`.
+            estimated afterwards, "bn_stats:count=320" if nothing is said, see `ptq.distilling.statistics`.
         report_on: labelled pictures, a path or (images, labels), on which accuracy is told after every epoch. Nothing is ever
             chosen by it.
         teachers: further networks that images shall suit. effort: "quick", "standard" or "full", the papers' epochs and steps.
@@ -117,7 +119,12 @@ def distill(
     check_feed(how, source)
     if by_batch:
         check_batch_norms(pupil)
-        restore = settle_source(build_source(restore, effort), networks, run, effort)
+        wanted = build_source(_RESTORE if restore is None else restore, effort)
+        restore = settle_source(wanted, networks, run, effort, option="--restore")
+    elif restore is not None:
+        raise SpecError(
+            "restore is given; it is for students that learn under the batch's statistics, with 'gaussian' as data"
+        )
     images = run.timed("images", gather, source, networks, run) if how.feed == "set" else None
     kept = kept_state(run, (*networks, graph), source, how, images, labelled, re.sub(r" at 0x\w+", "", str(pupil)))
     feed = make_feed(how, source, networks, pupil, run, images, kept)
@@ -163,6 +170,7 @@ def distill_quantized(
     *,
     training: str | Training = "",
     report_on: Labelled | None = None,
+    teachers: Sequence[nn.Module] = (),
     effort: str = "standard",
     seed: int | None = None,
     device: str | torch.device = "cpu",
@@ -174,7 +182,7 @@ def distill_quantized(
     Args:
         model: the float network. qm: what `ptq.quantize` made of it.
         data: images to train on, as for `ptq.quantize`; default: those of `qm`'s recipe.
-        training, report_on, effort, device, cache, feedback: as for `distill`. seed: default: that of `qm`'s recipe.
+        training, report_on, teachers, effort, device, cache, feedback: as for `distill`. seed: default: that of `qm`'s recipe.
 
     Raises:
         SpecError, PluginError, ModelError, CalibrationError: a bad argument, before any work is spent; the message says what
@@ -182,10 +190,15 @@ def distill_quantized(
     """
     manifest = qm.manifest
     seed = int(manifest.recipe.get("seed", 0)) if seed is None else seed
+    further = int(manifest.recipe.get("further_teachers", 0))
+    if data is None and further != len(teachers):
+        raise SpecError(
+            f"this network's images suit {further} further networks, {len(teachers)} given; name as many (teachers=, --with), or data"
+        )
     data = data_of(qm) if data is None else data
     run = start_run(manifest.input_shape, device, seed, manifest.mean, manifest.std, feedback, cache)
     source = build_source(data, effort)
-    networks = run.timed("trace", trace_all, model, (), run)
+    networks = run.timed("trace", trace_all, model, teachers, run)
     folded = fold_batch_norm(networks[0])
     check_pair(qm, folded)
     source = settle_source(source, networks, run, effort)

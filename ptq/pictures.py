@@ -151,7 +151,7 @@ def open_pictures(
 
 def _read_array(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     try:
-        loaded = np.load(path, allow_pickle=False)
+        loaded = np.load(path, mmap_mode="r", allow_pickle=False)  # of an .npy, only what is asked for is read
         if isinstance(loaded, np.ndarray):
             return loaded, None
         with loaded:

@@ -105,6 +105,8 @@ def data_similarity(
     source = build_source(data, effort)
     run = start_run(input_shape, device, seed, mean, std, feedback, cache)
     networks = trace_all(model, (), run)
+    if not batch_norms(networks[0]):
+        raise CalibrationError("images are compared by the network's BatchNorm statistics, and the network has none")
     source = settle_source(source, networks, run, effort)
     normalized = run.std is not None and of_a_data_set(run.std)
     # What is given is measured as it is; what a source makes, as it would be used: with valid pixels only.
@@ -135,8 +137,12 @@ def trace_all(model: nn.Module, teachers: Sequence[nn.Module], run: Run) -> tupl
     return tuple(trace(m, run.shape).to(run.device) for m in (model, *teachers))
 
 
-def settle_source(source: Any, networks: tuple[fx.GraphModule, ...], run: Run, effort: str) -> Any:
+def settle_source(
+    source: Any, networks: tuple[fx.GraphModule, ...], run: Run, effort: str, option: str = "--data"
+) -> Any:
     """The source, "auto" resolved, once it is clear that every network has what it needs.
+
+    option: where another would be named.
 
     Raises:
         CalibrationError: the network lacks what the source needs; names the sources that serve it.
@@ -149,7 +155,7 @@ def settle_source(source: Any, networks: tuple[fx.GraphModule, ...], run: Run, e
     for part in getattr(source, "sources", (source,)):
         missing = [need for need in getattr(part, "needs", ()) if need not in has]
         if missing:
-            raise CalibrationError(_refusal(plugins.describe(part).partition(":")[0], missing[0], has))
+            raise CalibrationError(_refusal(plugins.describe(part).partition(":")[0], missing[0], has, option))
     return source
 
 
@@ -159,13 +165,15 @@ def _has(teacher: fx.GraphModule) -> set[str]:
     return found | ({"classes"} if len(output_node(teacher).meta["shape"]) == 1 else set())
 
 
-def _refusal(name: str, missing: str, has: set[str]) -> str:
+def _refusal(name: str, missing: str, has: set[str], option: str) -> str:
     why = {
         "BatchNorm": "draws on the network's BatchNorm statistics, and the network has none",
         "classes": "needs a classifier, [B, classes] out, and the network's output has another shape",
     }
     fit = [n for n in plugins.names("calibrators") if n != "mix" and set(plugins.load("calibrators", n).needs) <= has]
-    return f"{name} {why[missing]}; sources that serve it: {', '.join(fit)}, as in '--data {fit[0]}', or '--data auto'"
+    return (
+        f"{name} {why[missing]}; sources that serve it: {', '.join(fit)}, as in '{option} {fit[0]}', or '{option} auto'"
+    )
 
 
 def describe_data(source: Any) -> str:

@@ -77,13 +77,17 @@ def test_cache_and_force(work, capsys):
     assert not Path("images/loss.csv").exists()  # nothing was made again
 
 
-def test_further_networks(work):
+def test_further_networks(work, capsys):
     torch.save(build("residual").state_dict(), "other.pt")
     assert synthesize("--quiet", "--with", "other.pt", "--with-arch", ARCH) == 0
     assert (
         main(["quantize", *BASE, *SOURCE, "--rounding", "nearest", "--quiet", "--with", "other.pt", "-o", "out"]) == 0
     )
     assert ptq.load("out").manifest.recipe["further_teachers"] == 1
+    distill = ["distill", "out", "--epochs", "1", "--steps", "2", "--batch", "4", "--quiet"]
+    capsys.readouterr()
+    assert main(distill) == 2 and "--with" in capsys.readouterr().err
+    assert main([*distill, "--with", "other.pt"]) == 0
 
 
 def test_similarity_table_and_json(work, capsys):

@@ -35,8 +35,13 @@ def _labelled(count: int = 40) -> tuple[Tensor, Tensor]:
     return x, build("residual")(x).argmax(1)
 
 
+def _restored(data) -> dict[str, Tensor]:
+    by_batch = isinstance(data, str) and data.startswith("gaussian") and "running" not in data
+    return {"restore": RESTORE} if by_batch else {}
+
+
 def _distilled(data="gaussian", training: str = SHORT, student: nn.Module | None = None, **options) -> ptq.Distilled:
-    given = {"training": training, "restore": RESTORE} | STATED | options
+    given = {"training": training} | _restored(data) | STATED | options
     return ptq.distill(build("residual"), build("shared_relu") if student is None else student, data, **given)
 
 
@@ -55,7 +60,8 @@ def test_same_seed_same_student_and_nobody_else_changes(data: str):
     before = copy.deepcopy((teacher.state_dict(), student.state_dict()))
     state = torch.get_rng_state()
     made = [
-        ptq.distill(teacher, student, data, training=SHORT, restore=RESTORE, seed=seed, **STATED) for seed in (1, 1, 2)
+        ptq.distill(teacher, student, data, training=SHORT, seed=seed, **_restored(data), **STATED)
+        for seed in (1, 1, 2)
     ]
     assert _same(made[0].student, made[1].student) and not _same(made[0].student, made[2].student)
     assert torch.equal(made[0].images, made[1].images) and torch.equal(torch.get_rng_state(), state)
@@ -287,6 +293,17 @@ def test_what_is_refused(student, options, kind, says):
 
 def test_batch_statistics_need_a_teacher_with_batch_norm():
     with pytest.raises(ptq.PtqError, match="BatchNorm"):
+        ptq.distill(build("plain"), build("residual"), "gaussian", training=SHORT, **STATED)
+
+
+def test_images_that_nothing_is_restored_on():
+    """A student of "nayer" learns its own running statistics."""
+    with pytest.raises(SpecError, match="restore"):
+        ptq.distill(build("residual"), build("residual"), "nayer", restore="bn_stats", training=SHORT, **STATED)
+
+
+def test_restoring_on_images_that_the_teacher_cannot_give():
+    with pytest.raises(ptq.CalibrationError, match="'--restore auto'"):
         ptq.distill(build("plain"), build("residual"), "gaussian", training=SHORT, **STATED)
 
 
