@@ -37,10 +37,6 @@ class Images:
     presets: ClassVar[Presets] = {"quick": {"count": 256}, "standard": {"count": 512}}
     positional: ClassVar[str] = "path"
 
-    def __post_init__(self) -> None:
-        if not Path(self.path).exists():  # said before anything is traced
-            raise CalibrationError(f"{self.path} is neither a folder nor a file")
-
     def batches(self, ctx: CalibrationContext) -> Iterator[Tensor]:
         """Batches [B, C, H, W]; see `ptq.contracts.Calibrator`."""
         pictures = open_pictures(Path(self.path), ctx.input_shape, ctx.mean, ctx.std, Fit(self.resize, self.crop))

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from ptq.contracts import make_rng, valid_range
 from ptq.errors import CalibrationError
-from ptq.evaluate import outputs, runner, sqnr_db
+from ptq.evaluate import likeness, runner
 from ptq.graph.batch_statistics import use_batch_statistics
 from ptq.graph.insert import insert_fake_quant
 from ptq.graph.observe import input_params, observe
@@ -43,7 +43,7 @@ def activation_ranges(
     """Activation grids by the estimator with which activations alone, quantized, change the network's output least."""
     if not plan.values:
         return {}
-    parts, watched = images.split(64), teacher
+    parts, watched = images.tensor_split(-(-len(images) // 64)), teacher  # alike in size: each gives as many samples
     if getattr(images_from, "teacher_bn", "running") == "batch":
         if len(images) < 2:
             raise CalibrationError("BatchNorms on the batch's own statistics need at least 2 images; raise count")
@@ -62,6 +62,6 @@ def activation_ranges(
     if len(found) == 1:
         return found[0]
     batches, alone = images[:512].split(128), replace(plan, weights={})
-    real = outputs(runner(teacher, run.device), batches)
-    students = [insert_fake_quant(folded, alone, acts, {}).to(run.device) for acts in found]
-    return max(zip(found, students), key=lambda pair: sqnr_db(real, outputs(runner(pair[1], run.device), batches)))[0]
+    students = [runner(insert_fake_quant(folded, alone, acts, {}).to(run.device), run.device) for acts in found]
+    figures = likeness(runner(teacher, run.device), students, batches)
+    return max(zip(found, figures), key=lambda pair: pair[1].sqnr_db)[0]

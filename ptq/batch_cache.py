@@ -1,4 +1,4 @@
-"""Batches of calibration images on disk: what is there is not made again.
+"""What a run has made so far, on disk, batch by batch, block by block, epoch by epoch: what is there is not made again.
 
 One file per batch, in a folder whose name is a hash of all that the images depend on: networks, source and its options,
 seed, shape, normalization, device and torch's version. A file appears whole or not at all.

@@ -1,4 +1,4 @@
-"""The command line: `ptq quantize`, `inspect`, `export`, `eval`, `list`, `demo`; see `cli_images.py` for the others."""
+"""The command line: `ptq quantize`, `inspect`, `export`, `eval`, `list`, `demo`; the other commands are in `cli_*.py`."""
 
 import argparse
 import copy
@@ -17,7 +17,7 @@ from torch import nn
 from ptq import plugins
 from ptq.artifact import QuantizedModel, check_free, check_written, read_plan, written_files
 from ptq.cli_distill import run_distill
-from ptq.cli_images import further, run_similarity, run_synthesize, sized
+from ptq.cli_images import further, labelled, run_similarity, run_synthesize, sized
 from ptq.cli_options import build_parser
 from ptq.cli_output import Again, close, forget_progress, progress_folder, where_from, write_network
 from ptq.cli_sensitivity import run_sensitivity
@@ -26,13 +26,12 @@ from ptq.errors import ArtifactError, ExportError, PtqError, ReconstructionError
 from ptq.evaluate import check_labels, onnx_runner, runner, top1
 from ptq.graph.fold_bn import fold_batch_norm
 from ptq.graph.plan import make_plan
-from ptq.graph.trace import trace
+from ptq.graph.trace import tensors_of, trace
 from ptq.loading import load_model
-from ptq.pictures import Fit, Pictures, open_pictures
+from ptq.pictures import Pictures
 from ptq.pipeline import quantize
 from ptq.proof import export, proof_images, record_proof
 from ptq.report import Section, course_sections, plan_sections, print_sections, proof_section
-from ptq.run import normalization
 from ptq.spec import BitConfig, Override, PlanRules
 from ptq.terminal import shown
 from ptq.vectors import write_vectors
@@ -103,6 +102,11 @@ def _settle(args: argparse.Namespace) -> None:
 def _read_recipe(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))["manifest"]
+        if "distill_data" in manifest["recipe"]:
+            raise SpecError(
+                f"{path} is of a network that 'ptq distill' trained further: repeat the recipe of the folder it was made from, "
+                "and then that"
+            )
         found = {name: manifest["recipe"].get(name, default) for name, default in _RECIPE.items()}
         found["further_teachers"] = manifest["recipe"].get("further_teachers", 0)
         return found | {name: manifest[name] and tuple(manifest[name]) for name in ("input_shape", "mean", "std")}
@@ -135,7 +139,7 @@ def _quantize(args: argparse.Namespace) -> int:
             rounding=args.rounding,
             finish=args.finish,
             distill=args.distill,
-            report_on=args.report_on,
+            report_on=labelled(args.report_on, args, args.input_shape, args.mean, args.std),
             plan=args.plan,
             cache_memory=args.cache_memory,
             precision=args.precision,
@@ -154,18 +158,17 @@ def _quantize(args: argparse.Namespace) -> int:
 
 def _pictures(args: argparse.Namespace, model: nn.Module) -> Pictures | None:
     """The validation pictures, opened and looked at before any work is spent."""
-    if args.val is None:
-        return None
-    stated = normalization(args.mean, args.std, args.input_shape[0])
-    pictures = open_pictures(args.val, tuple(args.input_shape), *stated, Fit(args.resize, args.crop))
-    check_labels(pictures, _classes(model, pictures.read(torch.tensor([0]))))
+    pictures = labelled(args.val, args, args.input_shape, args.mean, args.std)
+    if pictures is not None:
+        check_labels(pictures, _classes(model, pictures.read(torch.tensor([0]))))
     return pictures
 
 
 def _classes(model: nn.Module, x: torch.Tensor) -> int | None:
     try:
         with torch.no_grad():
-            return int(copy.deepcopy(model).float().eval()(x).shape[1])
+            (out,) = tensors_of(copy.deepcopy(model).float().eval()(x))
+            return int(out.shape[1])
     except Exception:  # what is wrong with a network is said when it is traced
         return None
 
@@ -238,8 +241,9 @@ def _free_name(folder: Path, target: Any) -> Path:
 
 def _eval(args: argparse.Namespace) -> int:
     qm = QuantizedModel.load(args.folder)
-    stated = normalization(args.mean or qm.manifest.mean, args.std or qm.manifest.std, qm.manifest.input_shape[0])
-    pictures = open_pictures(args.val, qm.manifest.input_shape, *stated, Fit(args.resize, args.crop))
+    m = qm.manifest
+    pictures = labelled(args.val, args, m.input_shape, args.mean or m.mean, args.std or m.std)
+    assert pictures is not None  # --val is required
     runs = {"simulation": runner(qm.graph, _CPU)}
     for file in written_files(args.folder, ".onnx"):
         if not check_written(args.folder, file):

@@ -12,21 +12,24 @@ from torch import nn
 
 from ptq import plugins
 from ptq.artifact import MANIFEST, QuantizedModel, check_free, whole_folder
-from ptq.cli_images import further, sized
+from ptq.cli_images import further, labelled, sized
 from ptq.cli_output import Again, close, forget_progress, progress_folder, where_from, write_network
 from ptq.contracts import Feedback
 from ptq.distillation import Distilled, distill, distill_quantized
 from ptq.distilling.course import Course
-from ptq.errors import SpecError
+from ptq.errors import ExportError, SpecError
 from ptq.evaluate import runner
+from ptq.graph.fold_bn import fold_batch_norm
+from ptq.graph.plan import make_plan
+from ptq.graph.trace import trace
 from ptq.loading import fresh_model, load_model
+from ptq.mixed_precision import check_budget
 from ptq.pictures import Pictures
 from ptq.pipeline import quantize
 from ptq.report import Section, course_sections, print_sections
 from ptq.request import read_bits
-from ptq.run import start_run
+from ptq.spec import BitConfig, Budget, PlanRules
 from ptq.terminal import shown
-from ptq.training_setup import open_labelled
 
 STUDENT, FACTS = "student.pt", "distillation.json"
 _CPU = torch.device("cpu")
@@ -59,9 +62,9 @@ def _training(args: argparse.Namespace) -> str:
     return ",".join(filter(None, [args.training, *(f"{key}={v}" for key, v in single.items() if v is not None)]))
 
 
-def _common(args: argparse.Namespace, feedback: Feedback) -> dict[str, Any]:
+def _common(args: argparse.Namespace, feedback: Feedback, reported: Pictures | None) -> dict[str, Any]:
     return {
-        "training": _training(args), "report_on": args.report_on, "effort": args.effort, "device": args.device,
+        "training": _training(args), "report_on": reported, "effort": args.effort, "device": args.device,
         "cache": progress_folder(args), "feedback": feedback,
     }  # fmt: skip
 
@@ -75,14 +78,19 @@ def _quantized(args: argparse.Namespace, console: Console) -> None:
             )
     args.output = args.output or args.folder.absolute().with_name(f"{args.folder.absolute().name}-distilled")
     check_free(args.output, args.force)
+    if args.count is not None and args.data is None:
+        raise SpecError("-n is given without --data; the folder's own images are as many as they are")
     qm = QuantizedModel.load(args.folder)
     args.arch = args.arch or qm.manifest.recipe.get("arch")
     model = _teacher_of(args, qm)
     target = None if args.target == "none" else plugins.build("exporters", args.target)
+    if target is not None:
+        target.check(qm.student, qm.plan)
+    pictures = labelled(args.report_on, args, qm.manifest.input_shape, qm.manifest.mean, qm.manifest.std)
     data = None if args.data is None else sized(args.data, args)
     with shown(args.quiet, console) as feedback:
-        qm = distill_quantized(model, qm, data, teachers=further(args), seed=args.seed, **_common(args, feedback))
-    pictures = _labelled(args, qm)
+        given = _common(args, feedback, pictures)
+        qm = distill_quantized(model, qm, data, teachers=further(args), seed=args.seed, **given)
     runs = {"float": runner(model, _CPU), "distilled": runner(qm.graph, _CPU)} if pictures is not None else {}
     qm, sections = write_network(qm, model, args.output, args.force, target, pictures, runs)
     forget_progress(args)
@@ -106,9 +114,23 @@ def _teacher_of(args: argparse.Namespace, qm: QuantizedModel) -> nn.Module:
     return load_model(path, args.arch, trust_pickle=args.trust_pickle)
 
 
-def _labelled(args: argparse.Namespace, qm: QuantizedModel) -> Pictures | None:
-    m = qm.manifest
-    return open_labelled(args.report_on, start_run(m.input_shape, "cpu", 0, m.mean, m.std, None))
+def _check_then(args: argparse.Namespace, student: nn.Module) -> None:
+    """Raises what quantizing the student would, before it is trained."""
+    wanted = read_bits(args.then)
+    plugins.build("reconstructors", args.rounding or "nearest")
+    target = None if args.target == "none" else plugins.build("exporters", args.target)
+    rules = PlanRules(**({} if target is None else target.rules))
+    folded = fold_batch_norm(trace(student, tuple(args.input_shape)))
+    if isinstance(wanted, Budget):
+        check_budget(folded, wanted, rules)
+    plan = make_plan(folded, BitConfig(8, wanted.act) if isinstance(wanted, Budget) else wanted, rules)
+    if target is not None:
+        try:
+            target.check(folded, plan)
+        except ExportError as e:
+            raise ExportError(
+                f"{e}; of --then that cannot be said: leave it out, and give student.pt to ptq quantize"
+            ) from e
 
 
 def _student(args: argparse.Namespace, console: Console) -> None:
@@ -123,9 +145,6 @@ def _student(args: argparse.Namespace, console: Console) -> None:
     check_free(args.output, args.force)
     if args.target != "none":
         plugins.build("exporters", args.target)
-    if args.then is not None:  # its mistakes show before the work
-        read_bits(args.then)
-        plugins.build("reconstructors", args.rounding or "nearest")
     seed, arch = args.seed or 0, args.student_arch or args.arch
     model = load_model(args.teacher, args.arch, trust_pickle=args.trust_pickle)
     student = (
@@ -133,6 +152,9 @@ def _student(args: argparse.Namespace, console: Console) -> None:
         if args.student is None
         else load_model(args.student, arch, trust_pickle=args.trust_pickle)
     )
+    if args.then is not None:
+        _check_then(args, student)
+    pictures = labelled(args.report_on, args, args.input_shape, args.mean, args.std)
     stated = {"input_shape": args.input_shape, "mean": args.mean, "std": args.std, "seed": seed}
     more = {} if args.restore is None else {"restore": args.restore}
     with shown(args.quiet, console) as feedback:
@@ -143,15 +165,16 @@ def _student(args: argparse.Namespace, console: Console) -> None:
             teachers=further(args),
             **stated,
             **more,
-            **_common(args, feedback),
+            **_common(args, feedback, pictures),
         )
         qm = None if args.then is None else _then(args, found, stated, feedback)
-    _write_student(args, model, found, qm, console)
+    _write_student(args, model, found, qm, pictures, console)
 
 
 def _write_student(
-    args: argparse.Namespace, model: nn.Module, found: Distilled, qm: QuantizedModel | None, console: Console
-) -> None:
+    args: argparse.Namespace, model: nn.Module, found: Distilled, qm: QuantizedModel | None, pictures: Pictures | None,
+    console: Console,
+) -> None:  # fmt: skip
     """Writes the student and, where it was quantized, what `quantize` writes beside it; prints what it ended with."""
     facts, sections = _facts(args, found), course_sections(found.course, found.top1)
 
@@ -169,7 +192,6 @@ def _write_student(
     origin = where_from(args.output / STUDENT, args.student_arch or args.arch)
     qm = replace(qm, manifest=replace(qm.manifest, recipe=qm.manifest.recipe | origin))
     target = None if args.target == "none" else plugins.build("exporters", args.target)
-    pictures = _labelled(args, qm)
     floats = {"teacher": runner(model, _CPU), "student, float": runner(found.student, _CPU)}
     runs = {**floats, "student": runner(qm.graph, _CPU)} if pictures is not None else {}
     qm, tables = write_network(qm, found.student, args.output, args.force, target, pictures, runs, write_more)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ptq.artifact import MANIFEST, check_free, versions, whole_folder
 from ptq.errors import PluginError, SpecError
 from ptq.gallery import to_pixels, write_curve, write_pictures, write_sheet
 from ptq.loading import load_model
-from ptq.pictures import open_pictures
+from ptq.pictures import Fit, Pictures, open_pictures
 from ptq.report import Section, print_sections
 from ptq.run import normalization
 from ptq.similarity import Similarity
@@ -28,6 +29,22 @@ def sized(data: str, args: argparse.Namespace) -> str:
         wanted |= {"resize": args.resize, "crop": args.crop}
     given = [f"{key}={v}" for key, v in wanted.items() if v is not None]
     return data + (("," if ":" in data else ":") + ",".join(given) if given else "")
+
+
+def labelled(
+    path: Path | None, args: argparse.Namespace, shape: Sequence[int], mean: Iterable[float] | None,
+    std: Iterable[float] | None,
+) -> Pictures | None:  # fmt: skip
+    """The pictures at `path`, brought to the input's size as `--resize` and `--crop` say.
+
+    Raises:
+        CalibrationError: there are none.
+    """
+    if path is None:
+        return None
+    channels, height, width = shape
+    stated = normalization(mean, std, channels)
+    return open_pictures(path, (channels, height, width), *stated, Fit(args.resize, args.crop))
 
 
 def common(args: argparse.Namespace) -> dict[str, Any]:

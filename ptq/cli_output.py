@@ -45,7 +45,8 @@ def where_from(model: Path, arch: str | None) -> dict[str, Any]:
 
 def progress_folder(args: argparse.Namespace) -> Path:
     """Where what is done so far is kept, unless --cache says where: beside the output, until that is there."""
-    return args.cache or args.output.with_name(f"{args.output.name}.progress")
+    output = args.output.absolute()
+    return args.cache or output.with_name(f"{output.name}.progress")
 
 
 def forget_progress(args: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ from ptq.distilling.loop import Job, train
 from ptq.distilling.quantized import borders, harden, make_trainable, with_values
 from ptq.distilling.statistics import check_batch_norms, re_estimate
 from ptq.errors import SpecError
-from ptq.evaluate import agreement, outputs, runner, sqnr_db, top1
+from ptq.evaluate import likeness, runner, top1
 from ptq.graph.batch_statistics import use_batch_statistics
 from ptq.graph.fold_bn import fold_batch_norm
 from ptq.pictures import Pictures
@@ -32,6 +32,7 @@ from ptq.training_setup import (
     Labelled,
     check_feed,
     check_pair,
+    classes_of,
     data_of,
     forward,
     fresh_copy,
@@ -113,7 +114,7 @@ def distill(
     how, by_batch = read_training(training, getattr(source, "training", _ON_A_SET), effort), _by_batch(source)
     graph, labelled, pupil = (
         student_graph(student, networks[0], run),
-        open_labelled(report_on, run),
+        open_labelled(report_on, run, classes_of(networks[0])),
         fresh_copy(student, run.device),
     )
     check_feed(how, source)
@@ -203,19 +204,18 @@ def distill_quantized(
     check_pair(qm, folded)
     source = settle_source(source, networks, run, effort)
     trainer, how = prepare_distillation(training, data, source, effort)
-    labelled = open_labelled(report_on, run)
+    labelled = open_labelled(report_on, run, classes_of(folded))
     made = run.timed("calibration images", gather, source, networks, run) if how.feed == "set" else None
     student = copy.deepcopy(qm.student).to(run.device)
     graph, course, images = run.timed(
         "distillation", distill_graph, student, folded, networks, trainer, made, how, run, labelled
     )
     seen = images[:1024].split(128)
-    real, before, found = (
-        outputs(runner(m, run.device), seen) for m in (networks[0], copy.deepcopy(qm.student).to(run.device), graph)
-    )
+    real, *others = (runner(m, run.device) for m in (networks[0], copy.deepcopy(qm.student).to(run.device), graph))
+    before, found = likeness(real, others, seen)
     figures = {
-        "agreement": agreement(real, found), "sqnr_db": sqnr_db(real, found), "course": course.to_json(),
-        "agreement_nearest": agreement(real, before), "sqnr_db_nearest": sqnr_db(real, before),
+        "agreement": found.agreement, "sqnr_db": found.sqnr_db, "course": course.to_json(),
+        "agreement_nearest": before.agreement, "sqnr_db_nearest": before.sqnr_db,
         "calibration_images": len(images), "beside": "before distillation",
     }  # fmt: skip
     added = {"distill": plugins.describe_options(how), "distill_data": describe_data(source), "distill_seed": seed}
@@ -257,7 +257,6 @@ def distill_graph(
     folded = folded.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     groups = make_trainable(student, folded, how)
     feed = make_feed(how, source, networks, student, run, images, kept)
-    how = replace(how, precision="float32")  # codes of 8 bits are as fine as bfloat16 itself
     job = Job(
         forward(with_values(folded, names), how), forward(with_values(student, names), how), student, groups, feed, how,
         run.seed, run.device, run.stage_feedback, reporter(labelled, student, run, False), kept,

@@ -1,12 +1,14 @@
 """How good a quantized network is: top-1 accuracy with labels, agreement with the float network without."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ptq.errors import ArtifactError, CalibrationError
+from ptq.errors import ArtifactError, CalibrationError, ModelError
+from ptq.graph.trace import tensors_of
 from ptq.onnx_session import onnx_session
 from ptq.pictures import Pictures
 
@@ -14,11 +16,12 @@ Runner = Callable[[Tensor], Tensor]
 
 
 def runner(model: nn.Module, device: torch.device) -> Runner:
-    """`images → outputs`, both in host memory, on `device`."""
+    """`images → outputs`, both in host memory, on `device`; of a network that returns its one tensor in a dictionary, that."""
 
     def run(x: Tensor) -> Tensor:
         with torch.no_grad():
-            return model(x.to(device)).cpu()
+            (out,) = tensors_of(model(x.to(device)))
+            return out.cpu()
 
     return run
 
@@ -55,9 +58,32 @@ def top1(run: Runner, pictures: Pictures, batch_size: int = 128) -> float:
     return right / len(pictures)
 
 
-def outputs(run: Runner, images: Iterable[Tensor]) -> Tensor:
-    """The outputs for all batches, concatenated."""
-    return torch.cat([run(x) for x in images])
+@dataclass(frozen=True, slots=True)
+class Likeness:
+    """How alike the outputs of two networks are: see `agreement` and `sqnr_db`."""
+
+    agreement: float
+    sqnr_db: float
+
+
+def likeness(reference: Runner, others: Sequence[Runner], batches: Iterable[Tensor]) -> list[Likeness]:
+    """Each of the other networks beside the reference, on the same images, in memory that does not grow with their number.
+
+    Raises:
+        ModelError: the reference's outputs are not finite.
+    """
+    signal, count = 0.0, 0
+    noise, same = [0.0] * len(others), [0.0] * len(others)
+    for x in batches:
+        wanted = reference(x)
+        if not bool(torch.isfinite(wanted).all()):
+            raise ModelError("the float network's outputs on the calibration images are not finite")
+        signal, count = signal + _power(wanted), count + len(x)
+        for k, run in enumerate(others):
+            found = run(x)
+            noise[k] += _power(found - wanted)
+            same[k] += len(x) * agreement(wanted, found)
+    return [Likeness(s / count, _decibels(signal, n)) for s, n in zip(same, noise)]
 
 
 def agreement(a: Tensor, b: Tensor) -> float:
@@ -68,8 +94,14 @@ def agreement(a: Tensor, b: Tensor) -> float:
 
 def sqnr_db(reference: Tensor, other: Tensor) -> float:
     """Signal to quantization noise in dB: power of `reference` over power of the difference; 200 where they are equal."""
-    noise = float((other - reference).double().square().sum())
-    signal = float(reference.double().square().sum())
+    return _decibels(_power(reference), _power(other - reference))
+
+
+def _power(x: Tensor) -> float:
+    return float(x.double().square().sum())
+
+
+def _decibels(signal: float, noise: float) -> float:
     return 200.0 if noise == 0 else 10 * float(torch.log10(torch.tensor(signal / noise, dtype=torch.float64)))
 
 

@@ -15,8 +15,8 @@ from ptq.artifact import Manifest, QuantizedModel, read_plan, value_ranges, vers
 from ptq.batch_cache import BatchCache, digest_of, open_cache
 from ptq.contracts import Exporter, Feedback, Finisher, Reconstructor, hold_back
 from ptq.distillation import distill_graph, prepare_distillation
-from ptq.errors import ModelError, SpecError
-from ptq.evaluate import agreement, outputs, runner, sqnr_db
+from ptq.errors import ReconstructionError, SpecError
+from ptq.evaluate import likeness, runner
 from ptq.graph.channel_means import expected_means
 from ptq.graph.equalize import equalize
 from ptq.graph.float_region import float_remainders
@@ -32,7 +32,7 @@ from ptq.run import Run, floats, start_run
 from ptq.sources import Data, describe_data, gather, settle_source, trace_all
 from ptq.spec import BitConfig, Budget, Override, Repair
 from ptq.training import Training
-from ptq.training_setup import Labelled, open_labelled
+from ptq.training_setup import Labelled, classes_of, open_labelled
 
 _FOLD_TOLERANCE = 1e-5  # relative; folding in float64 costs one rounding of each weight
 _EQUAL_TOLERANCE = 1e-3  # likewise; equalized channels differ by orders of magnitude in what they round
@@ -99,7 +99,7 @@ def quantize(
         mean, std: the normalization that inputs carry, per channel, `(pixel / 255 - mean) / std`; where known, the input's
             grid covers the valid pixels.
         seed: of every random choice. device: where the work is done. source: what the manifest calls the network.
-        cache: folder that keeps finished batches of images; a run that was interrupted goes on from there.
+        cache: folder that keeps finished batches of images, blocks and epochs; a run that was interrupted goes on from there.
         cache_memory: gigabytes of host memory for what blocks see, the rest goes to disk; default: a quarter of what is free.
         precision: in which rounding is trained: "float32", "bfloat16" for blocks whose weights have at most 4 bits, or "auto",
             the latter on CPUs with instructions for it.
@@ -125,7 +125,9 @@ def quantize(
     networks, folded = run.timed("trace", _prepare, model, teachers, run, asked.mends)
     planned = _planned(folded, asked)
     images_from = settle_source(asked.data, networks, run, effort)
-    labelled = open_labelled(report_on, run)
+    labelled = open_labelled(report_on, run, classes_of(folded))
+    if asked.method.needs_fisher and classes_of(folded) < 2:
+        raise ReconstructionError("Fisher weights need the scores of classes; the network gives one: use fisher=false")
     trainer, how = (None, None) if distill is None else prepare_distillation(distill, data, images_from, effort)
     asked = _suited(asked, images_from, run)
     images = run.timed("calibration images", gather, images_from, networks, run)
@@ -258,7 +260,8 @@ def _equalized(
     if not factors:
         run.note("no two neighbouring layers can be equalized: nothing to do")
     if not (error := fold_error(teacher, equal, images[:64].to(run.device))) < _EQUAL_TOLERANCE:
-        run.note(f"equalization changed the outputs by {error:.1e} of their largest")
+        run.note(f"equalization changed the outputs by {error:.1e} of their largest: undone")
+        return teacher, folded, expected
     return equal, equal, {v: m / factors[v].cpu() if v in factors else m for v, m in expected.items()}
 
 
@@ -295,10 +298,9 @@ def _compare(
 ) -> dict[str, Any]:
     """Float against nearest rounding and against the result, on the calibration images: figures without any label."""
     batches = images[:1024].split(128)
-    real, nearest, ours = (outputs(runner(m, run.device), batches) for m in (teacher, student, graph))
-    if not bool(torch.isfinite(real).all()):
-        raise ModelError("the float network's outputs on the calibration images are not finite")
+    real, *others = (runner(m, run.device) for m in (teacher, graph, student))
+    ours, nearest = likeness(real, others, batches)
     return {
-        "agreement": agreement(real, ours), "agreement_nearest": agreement(real, nearest),
-        "sqnr_db": sqnr_db(real, ours), "sqnr_db_nearest": sqnr_db(real, nearest), "calibration_images": len(images),
+        "agreement": ours.agreement, "agreement_nearest": nearest.agreement,
+        "sqnr_db": ours.sqnr_db, "sqnr_db_nearest": nearest.sqnr_db, "calibration_images": len(images),
     }  # fmt: skip

@@ -28,6 +28,7 @@ _PACKAGES: dict[Kind, str] = {
 # Options of any plug-in that no sign turns into something useful, beside rates, lr_…; of these, shares.
 _NOT_NEGATIVE = ("lr", "drop", "warmup", "penalty", "scale_step")
 _AT_MOST = {"drop": 1}
+_POSITIVE = (("latent", 1), ("memory_latent", 1), ("decay_every", 1))
 
 
 def names(kind: Kind) -> list[str]:
@@ -73,7 +74,7 @@ def build(kind: Kind, text: str, effort: str = "full", *, training: bool = False
     cls = load(kind, name)
     options = dict(cls.presets.get(effort, {})) | (getattr(cls, "in_training", {}) if training else {}) | given
     options |= read_options(cls, name, rest, effort)
-    for key, least in (("count", 1), ("batch_size", 1), ("steps", 1 if kind == "calibrators" else 0)):
+    for key, least in (("count", 1), ("batch_size", 1), ("steps", 1 if kind == "calibrators" else 0), *_POSITIVE):
         if options.get(key, least) < least:
             raise PluginError(f"option {key}={options[key]} of {name}: at least {least} is needed")
     for key, value in options.items():

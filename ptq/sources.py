@@ -1,6 +1,5 @@
 """Calibration images of a run: which source, from which networks, gathered and checked."""
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -15,9 +14,10 @@ from ptq import plugins
 from ptq.batch_cache import open_cache
 from ptq.contracts import EFFORTS, CalibrationContext, Calibrator, Feedback, make_rng, of_a_data_set, valid_range
 from ptq.errors import CalibrationError, SpecError
-from ptq.graph.ops import output_node
+from ptq.graph.ops import find_op, output_node
 from ptq.graph.taps import batch_norms
 from ptq.graph.trace import trace
+from ptq.integrity import file_sum
 from ptq.run import Run, floats, start_run
 from ptq.similarity import Similarity, similarity
 
@@ -123,18 +123,37 @@ def build_source(data: Data, effort: str, *, training: bool = False) -> Any:
     training: its images are made while a student is trained.
 
     Raises:
-        SpecError: an unknown effort. PluginError: an unknown source or option.
+        SpecError: an unknown effort. PluginError: an unknown source or option. CalibrationError: a file of its is not there.
     """
     if effort not in EFFORTS:
         raise SpecError(f"unknown effort {effort!r}; known: {', '.join(EFFORTS)}")
     if isinstance(data, str) and data.partition(":")[0] != "auto":
-        return plugins.build("calibrators", data, effort, training=training)
+        data = plugins.build("calibrators", data, effort, training=training)
+    if gone := [path for path in _files(data) if not path.exists()]:  # said before anything is traced
+        raise CalibrationError(f"{gone[0]} is neither a folder nor a file")
     return data
+
+
+def _files(source: Any) -> list[Path]:
+    """What a source reads, and each of its sources where it mixes some."""
+    parts = getattr(source, "sources", (source,))
+    return [v for part in parts for v in getattr(part, "__dict__", {}).values() if isinstance(v, Path)]
 
 
 def trace_all(model: nn.Module, teachers: Sequence[nn.Module], run: Run) -> tuple[fx.GraphModule, ...]:
     """The network, and further teachers of the same images, traced, on the run's device."""
-    return tuple(trace(m, run.shape).to(run.device) for m in (model, *teachers))
+    networks = tuple(trace(m, run.shape).to(run.device) for m in (model, *teachers))
+    if any(_ends_in_softmax(network) for network in networks):
+        run.note(
+            "the network ends in a softmax: methods that read scores (inceptionism, nayer, vae_replay, distillation, the joint pass) "
+            "take its probabilities for scores; give it without the softmax where they are used"
+        )
+    return networks
+
+
+def _ends_in_softmax(network: fx.GraphModule) -> bool:
+    op = find_op(network, output_node(network))
+    return op is not None and op.name == "softmax"
 
 
 def settle_source(
@@ -225,9 +244,7 @@ def _context(source: Any, networks: tuple[fx.GraphModule, ...], run: Run) -> Cal
 
 def settings(source: Any, run: Run) -> dict[str, Any]:
     """All that images depend on, besides the networks."""
-    parts = getattr(source, "sources", (source,))
-    files = [v for part in parts for v in vars(part).values() if isinstance(v, Path) and v.is_file()]
-    read = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    read = [file_sum(file) for file in _files(source) if file.is_file()]
     return {
         "source": plugins.describe(source), "files": read, "seed": run.seed, "shape": run.shape, "device": run.device.type,
         "mean": floats(run.mean), "std": floats(run.std), "ptq": version("ptq"),

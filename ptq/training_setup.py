@@ -18,8 +18,10 @@ from ptq.distilling.loop import Forward
 from ptq.distilling.statistics import under_batch_statistics
 from ptq.errors import ModelError, SpecError
 from ptq.evaluate import check_labels, runner, top1
+from ptq.graph.network_checks import own_copy
 from ptq.graph.ops import output_node, values_of
-from ptq.graph.trace import trace
+from ptq.graph.source_line import first_line
+from ptq.graph.trace import tensors_of, trace
 from ptq.pictures import Pictures, open_pictures
 from ptq.quant.affine import dequantize
 from ptq.run import Run
@@ -27,7 +29,7 @@ from ptq.sources import Data, batches_of, build_source, settings
 from ptq.training import Training
 
 _LIKE = 0.3  # cosine between a network's weights and their codes' values; below, they are not of one network
-Labelled = str | Path | tuple[Tensor, Tensor]
+Labelled = str | Path | Pictures | tuple[Tensor, Tensor]
 
 
 def read_training(given: str | Training, base: Training, effort: str) -> Training:
@@ -45,7 +47,10 @@ def training_of_quantized(given: str | Training, trainer: Any, effort: str) -> T
     """The same of a quantized student: the defaults, and the source's word on how its images come."""
     its: Training = getattr(trainer, "training", Training())
     fed = {name: getattr(its, name) for name in ("feed", "rounds", "first_rounds", "pool")}
-    return read_training(given, replace(Training(), **fed), effort)
+    how = read_training(given, replace(Training(), **fed), effort)
+    if how.precision == "bfloat16":
+        raise SpecError("precision=bfloat16 given; codes of 8 bits are as fine as bfloat16 itself: leave it out")
+    return replace(how, precision="float32")
 
 
 def trainer_of(data: Data, source: Any, effort: str) -> Any:
@@ -150,23 +155,45 @@ def student_graph(student: nn.Module, teacher: fx.GraphModule, run: Run) -> fx.G
         raise ModelError(
             f"the student gives [{given}], its teacher [{asked}]; a student has as many classes as its teacher"
         )
+    _check_alone(student, run)
     return traced
 
 
-def open_labelled(given: Labelled | None, run: Run) -> Pictures | None:
+def classes_of(graph: fx.GraphModule) -> int:
+    """K, of a network whose output is [B, K] or [B, K, …]."""
+    return output_node(graph).meta["shape"][0]
+
+
+def _check_alone(student: nn.Module, run: Run) -> None:
+    """Raises unless the student gives one tensor in training too, and not the scores of auxiliary heads beside it."""
+    learning = own_copy(student).to("cpu").train()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            found = tensors_of(learning(torch.rand(2, *run.shape)))
+    except Exception as e:  # whatever a network's own code raises
+        raise ModelError(f"the student fails in training mode: {first_line(e)}") from e
+    if len(found) != 1:
+        raise ModelError(
+            f"the student gives {len(found)} tensors in training; wrap it in a module that gives the scores alone"
+        )
+
+
+def open_labelled(given: Labelled | None, run: Run, classes: int | None = None) -> Pictures | None:
     """The labelled pictures to report on, in random order: statistics of a batch are those of all classes.
 
     Raises:
-        CalibrationError: they are not there, or have no labels.
+        CalibrationError: they are not there, or have no labels, or some beyond the `classes`.
     """
     if given is None:
         return None
-    if isinstance(given, tuple):
+    if isinstance(given, Pictures):
+        pictures = given
+    elif isinstance(given, tuple):
         pictures = Pictures(given[0].float().numpy(), given[1], run.shape, run.mean, run.std)
     else:
         pictures = open_pictures(Path(given), run.shape, run.mean, run.std)
     pictures.read(torch.tensor([0]))
-    check_labels(pictures)
+    check_labels(pictures, classes)
     assert pictures.labels is not None
     order = torch.randperm(len(pictures), generator=make_rng(0, "report"))
     found = pictures.source
@@ -200,7 +227,7 @@ def forward(module: nn.Module, how: Training) -> Forward:
         except torch._dynamo.exc.TorchDynamoException as e:  # pyright: ignore[reportAttributeAccessIssue]
             why = str(e).strip().splitlines()[0]
             raise SpecError(f"compile=true asked for, and torch.compile fails: {why}; leave compile out") from e
-        return out if isinstance(out, tuple) else (out,)
+        return tuple(tensors_of(out))
 
     return tupled
 

@@ -44,6 +44,8 @@ def test_a_folder_is_trained_further(quantized, capsys):
         ptq.load("out").graph(torch.ones(1, 3, 16, 16)), ptq.load("out-distilled").graph(torch.ones(1, 3, 16, 16))
     )
     assert sorted(p.name for p in Path().iterdir()) == ["model.pt", "out", "out-distilled", "val.npz"]
+    again = ["quantize", "model.pt", *TEACHER[2:], "--recipe", "out-distilled/manifest.json", "-o", "again", "--quiet"]
+    assert main(again) == 2 and "trained further" in capsys.readouterr().err  # by a command of its own
 
 
 def test_in_the_run_that_quantizes(work, capsys):
@@ -153,6 +155,7 @@ _NEW = ("distill", *TEACHER, "--student-arch", f"{FILE}:SharedReLU", "-o", "made
         ((*_NEW, "--data", "genie", "--training", "feed=pool"), "fixed set"),
         ((*_NEW, "--then", "w9a4"), "2 to 8"),
         ((*_NEW, "--rounding", "nearest"), "without --then"),
+        (("distill", "out", "-n", "7"), "without --data"),
         ((*_NEW, "--data", "nayer", "--restore", "bn_stats"), "restore"),
         ((*_NEW, "--data", "images:nowhere"), "neither a folder nor a file"),
         ((*_NEW, "--target", "npu"), "known: onnx_qdq"),
@@ -176,3 +179,12 @@ def test_a_teacher_that_is_gone_is_asked_for(quantized, capsys):
     assert main(["distill", "out", *SHORT]) == 2
     assert "--teacher MODEL" in capsys.readouterr().err
     assert main(["distill", "out", "--teacher", "moved.pt", *SHORT, "--quiet", "-o", "there"]) == 0
+
+
+@pytest.mark.parametrize("args", [("distill", "out"), (*_NEW, "--then", "w4a4", *SHORT, *GENIE)])
+def test_what_the_target_cannot_do_is_said_before_any_training(args, quantized, capsys, monkeypatch):
+    monkeypatch.setattr("ptq.distillation.train", lambda job: pytest.fail("trained"))
+    assert main([*args, "--target", "tensorrt"]) == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "tensorrt cannot take this plan" in line
+    assert sorted(p.name for p in Path().iterdir()) == ["model.pt", "out", "val.npz"]

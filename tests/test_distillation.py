@@ -4,6 +4,7 @@ import copy
 import shutil
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -271,12 +272,33 @@ class _WithDropout(nn.Sequential):
             super().__init__(nn.Flatten(), nn.Dropout(0.5), nn.Linear(768, 10))
 
 
+class Named(nn.Module):
+    """Its scores are in a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = build("residual")
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"out": self.body(x)}
+
+
+class Auxiliary(Named):
+    """A second head, in training."""
+
+    def forward(self, x: Tensor) -> Any:
+        scores = self.body(x)
+        return (scores, 2 * scores) if self.training else scores
+
+
 @pytest.mark.parametrize(
     ("student", "options", "kind", "says"),
     [
         (nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(784, 10)), {}, ModelError, "the student: .*input shape"),
         (nn.Sequential(nn.Flatten(), nn.Linear(768, 7)), {}, ModelError, r"\[B, 7\], its teacher \[B, 10\]"),
         (nn.Sequential(nn.Flatten(), nn.Linear(768, 10)), {}, ModelError, "no BatchNorm"),
+        (Auxiliary(), {}, ModelError, "2 tensors in training"),
+        (None, {"report_on": (torch.zeros(2, 3, 16, 16), torch.tensor([0, 10]))}, ptq.CalibrationError, "has 10 classes"),
         (None, {"report_on": "nowhere"}, ptq.CalibrationError, "neither a folder nor a file"),
         (None, {"report_on": (torch.zeros(2, 3, 16, 16), torch.tensor([-1, 0]))}, ptq.CalibrationError, "class numbers"),
         (None, {"restore": "nayer:stepp=3"}, ptq.PluginError, "did you mean"),
@@ -294,6 +316,18 @@ def test_what_is_refused(student, options, kind, says):
 def test_batch_statistics_need_a_teacher_with_batch_norm():
     with pytest.raises(ptq.PtqError, match="BatchNorm"):
         ptq.distill(build("plain"), build("residual"), "gaussian", training=SHORT, **STATED)
+
+
+def test_a_student_that_gives_its_scores_in_a_dictionary():
+    x, y = _labelled()
+    made = _distilled(student=Named(), report_on=(x, y))
+    plain = _distilled(student=Named().body, report_on=(x, y)).student(x)
+    assert made.top1 is not None and torch.equal(made.student(x)["out"], plain)
+
+
+def test_a_width_of_training_that_codes_do_not_gain_from():
+    with pytest.raises(SpecError, match="bfloat16"):
+        ptq.distill_quantized(build("residual"), _quantized(), training=SHORT + ",precision=bfloat16")
 
 
 def test_images_that_nothing_is_restored_on():

@@ -3,6 +3,7 @@
 import io
 import pickle
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -230,3 +231,11 @@ def test_complex_weights(arch, tmp_path):
     torch.save(state, tmp_path / "m.pt")
     with pytest.raises(ModelError, match=r"complex numbers, first 'conv\.weight'"):
         load_model(tmp_path / "m.pt", f"{arch}:Net")
+
+
+def test_weights_without_the_counters_that_nothing_reads(tmp_path):
+    """Old checkpoints, and what other programs wrote, have no `num_batches_tracked`."""
+    model = build("residual")
+    torch.save({k: v for k, v in model.state_dict().items() if "num_batches" not in k}, tmp_path / "old.pt")
+    loaded = load_model(tmp_path / "old.pt", f"{Path(__file__).parent / 'zoo.py'}:Residual")
+    assert torch.equal(loaded(images()), model(images()))

@@ -162,3 +162,17 @@ def test_clipping_is_told():
     # Valid pixels reach from -2 to 2 here: a normal value is outside with probability 0.0455.
     assert made.clipped == pytest.approx(0.0455, abs=0.003) and float(made.images.abs().max()) == 2
     assert ptq.synthesize(build("residual"), "gaussian:count=8", input_shape=SHAPE).clipped == 0
+
+
+def test_a_network_that_ends_in_a_softmax_is_told_of():
+    heard: list[str] = []
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(784, 10), nn.Softmax(1))
+    made = ptq.synthesize(net, "gaussian:count=4", input_shape=SHAPE, feedback=Feedback(note=heard.append))
+    assert any("softmax" in note for note in heard) and list(made.notes) == heard
+    assert not ptq.synthesize(net[:3], "gaussian:count=4", input_shape=SHAPE).notes
+
+
+@pytest.mark.parametrize("data", ["images:nowhere", "nayer:embeddings=nowhere.npz", "mix:gaussian+images(nowhere)"])
+def test_missing_files_are_told_before_anything_is_traced(data: str):
+    with pytest.raises(ptq.CalibrationError, match="nowhere"):
+        ptq.synthesize(nn.LSTM(3, 3), data, input_shape=SHAPE)

@@ -45,6 +45,7 @@ def equalize(
         gm: the folded network, on `device`. batches: calibration images [B, C, H, W] each, which tell what reaches 6.
     """
     with rewrite(gm) as out:
+        _untie(out)
         pairs = _pairs(out)
         reach = _reach(out, {p.name for p in pairs if p.cut}, batches, device)
         factors: dict[str, Tensor] = {}
@@ -58,6 +59,14 @@ def equalize(
             if moved < _CONVERGED:
                 break
     return out, factors
+
+
+def _untie(gm: fx.GraphModule) -> None:
+    """Gives every layer weights of its own: scaled in place, they would be scaled for all that share them."""
+    for node in weighted_nodes(gm):
+        layer = gm.get_submodule(str(node.target))
+        for name, p in list(layer.named_parameters(recurse=False)):
+            setattr(layer, name, nn.Parameter(p.detach().clone(), requires_grad=False))
 
 
 def _pairs(gm: fx.GraphModule) -> list[_Pair]:

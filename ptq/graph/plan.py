@@ -52,6 +52,12 @@ class QuantPlan:
             missing = [name for name in planned if name not in there]
             if missing:
                 raise SpecError(f"the plan is for another network: {what} {missing[0]!r} is not in this one")
+        for tie in self.ties:
+            specs = {self.values[name]: name for name in sorted(tie) if name in self.values}
+            if len(specs) > 1:
+                raise SpecError(
+                    f"the plan gives {' and '.join(map(repr, list(specs.values())[:2]))} unlike grids; they share one"
+                )
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "QuantPlan":

@@ -165,7 +165,7 @@ def _checked(gm: fx.GraphModule) -> fx.GraphModule:
                 f"the network takes {len(inputs)} inputs, {', '.join(n.name for n in inputs)}; one is supported"
             )
         graph.erase_node(extra)
-    results = _flat(graph.output_node().args[0])
+    results = tensors_of(graph.output_node().args[0])
     if len(results) != 1:
         raise ModelError(
             f"the network returns {len(results)} tensors; wrap it in a module that returns the one to quantize"
@@ -175,12 +175,12 @@ def _checked(gm: fx.GraphModule) -> fx.GraphModule:
     return gm
 
 
-def _flat(result: Any) -> list[Any]:
-    """The tensors (or their nodes) of a result: a tensor, or a dictionary, list or tuple of some."""
+def tensors_of(result: Any) -> list[Any]:
+    """The tensors (or their nodes) of a network's result: a tensor, or a dictionary, list or tuple of some."""
     if isinstance(result, Mapping):
-        return _flat(list(result.values()))
+        return tensors_of(list(result.values()))
     if isinstance(result, list | tuple):
-        return [t for part in result for t in _flat(part)]
+        return [t for part in result for t in tensors_of(part)]
     return [] if result is None else [result]
 
 
@@ -189,7 +189,7 @@ def _compare(original: nn.Module, gm: fx.GraphModule, input_shape: tuple[int, in
     x = random_input(gm, 3, input_shape)
     with torch.no_grad():
         try:
-            (expected,) = _flat(original(x.clone()))
+            (expected,) = tensors_of(original(x.clone()))
             got = _ShapeWriter(gm).run(x)
         except Exception as e:  # a batch size baked into the network shows here
             raise ModelError(

@@ -54,7 +54,8 @@ class _FakeQuantize(torch.autograd.Function):
 
     Elements where `skip` is 1 stay as they are and let the gradient through.
 
-    Ref: Esser et al., LSQ, ICLR 2020, eq. 3.
+    Ref: Esser et al., LSQ, ICLR 2020, eq. 3. Differs: inside is what rounds to a code of the grid, half a step more at either end
+    than there, as the value itself is rounded first and clamped then.
     """
 
     @staticmethod

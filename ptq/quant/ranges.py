@@ -22,7 +22,9 @@ _CHUNK = 16  # images, of the smoothed range
 # A channel whose largest weight is below this share of the layer's largest is dead: rounding noise of training, which
 # must not be blown up to the full integer range. (Trained ImageNet MobileNets hold filters of 1e-15.)
 _DEAD = 1e-6
-_HUGE = 1e12  # errors beyond it, to a power, leave float32's range
+_TINY, _HUGE = 1e-9, 1e12  # errors below or beyond, to the power of 2.4, leave float32's range
+_NOTHING = 1e-30  # scales of what is smaller still may be no normal numbers
+_STEEP = 4  # greater powers of errors leave it wherever they start
 
 
 def _per_channel(x: Tensor, spec: QuantSpec) -> Tensor:
@@ -85,7 +87,7 @@ def smoothed(x: Tensor, spec: QuantSpec, ends: Tensor | None = None) -> QParams:
     """
     if ends is None:
         return minmax(x, spec)
-    chunks = ends.split(_CHUNK)
+    chunks = ends.tensor_split(-(-len(ends) // _CHUNK))
     low = torch.stack([chunk[:, 0].min() for chunk in chunks]).mean()
     high = torch.stack([chunk[:, 1].max() for chunk in chunks]).mean()
     return minmax(torch.stack([low, high]), spec)
@@ -100,19 +102,21 @@ def lp(x: Tensor, spec: QuantSpec, ends: Tensor | None = None, *, p: float = 2.4
     """
     flat = _per_channel(x, spec)
     low, high = _bounds(flat, ends)
-    if _HUGE < (reach := float(torch.maximum(high, -low).max())) < math.inf:
+    reach, most = float(torch.maximum(high, -low).max()), min(_HUGE, _HUGE ** (2.4 / p))
+    if _NOTHING < reach < _TINY or most < reach < math.inf:
         unit = 2.0 ** math.floor(math.log2(reach))  # exact, and a power of two stays one
         found = lp(x / unit, spec, None if ends is None else ends / unit, p=p, candidates=candidates)
         return replace(found, scale=found.scale * unit)
     row = replace(spec, axis=0)
     even = spec.axis is None
-    best_error = torch.full_like(high, torch.inf)
+    best_error = torch.full_like(high, torch.inf, dtype=torch.float64 if p > _STEEP else high.dtype)
     best_scale, best_zero = torch.ones_like(high), torch.zeros_like(high)
     for k in range(candidates):
         ratio = 1.0 - k / candidates
         scale, zero = _grid(low * ratio, high * ratio, spec if even else row)
         scale = torch.where(scale > 0, scale, torch.ones_like(scale)).float()
-        error = (flat - fake_quantize(flat, QParams(scale, zero.to(torch.int32), row))).abs_().pow_(p).mean(1)
+        error = (flat - fake_quantize(flat, QParams(scale, zero.to(torch.int32), row))).abs_()
+        error = (error.double() if p > _STEEP else error).pow_(p).mean(1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
@@ -128,9 +132,10 @@ def percentile(x: Tensor, spec: QuantSpec, ends: Tensor | None = None, *, share:
         return minmax(x, spec)
     ordered = x.reshape(-1).sort().values
     beyond = int((1 - share / 100) * len(ordered))
-    if beyond == 0:
+    found = ordered[[beyond, len(ordered) - 1 - beyond]]
+    if beyond == 0 or not bool(found.any()):  # so few values are other than 0
         return minmax(x, spec, ends)
-    return minmax(ordered[[beyond, len(ordered) - 1 - beyond]], spec)
+    return minmax(found, spec)
 
 
 def kl(x: Tensor, spec: QuantSpec, ends: Tensor | None = None, *, bins: int = 2048, candidates: int = 100) -> QParams:
@@ -152,6 +157,8 @@ def kl(x: Tensor, spec: QuantSpec, ends: Tensor | None = None, *, bins: int = 20
     counts = torch.histc(x[x != 0].float(), bins, low, high).double().cpu()
     zero = min(bins - 1, int(bins * (0 - low) / (high - low)))  # the bin that holds 0 stays inside every range
     levels, best, least = spec.qmax - spec.qmin + 1, 1.0, math.inf
+    if spec.symmetric and spec.signed:  # a grid about 0, of which the range may hold half
+        levels = round((high - low) / max(high, -low) * spec.qmax) + 1
     for k in range(candidates):
         ratio = 1.0 - k / candidates
         first, last = round(zero * (1 - ratio)), zero + max(1, round((bins - zero) * ratio))

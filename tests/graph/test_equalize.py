@@ -78,3 +78,18 @@ def test_relu6_stays_where_it_cuts():
     moved = ((old - new).abs().amax(1) > 1e-6 * old.abs().amax(1)).tolist()
     assert moved == [True, True, True, True, False, False, False, False]
     assert relative_error(_run(out, x), _run(folded, x)) < 1e-5
+
+
+def test_weights_that_two_layers_share():
+    """Scaled in place, they would be scaled for both."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 4, 3)
+    )
+    net[2].weight = net[0].weight
+    with torch.no_grad():
+        net[4].weight[:, 1] *= 20
+    gm = fold_batch_norm(trace(net, SHAPE))
+    equal, factors = equalize(gm, [images()], torch.device("cpu"))
+    assert any(float((s - 1).abs().max()) > 0.5 for s in factors.values())
+    assert relative_error(equal(images()), _run(net, images())) < 1e-5

@@ -1,6 +1,7 @@
 """What gets which grid."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -293,3 +294,14 @@ def test_what_layers_read_has_codes_in_every_placement(name):
     plan = _plan(folded, "w8a8", placement="inputs")
     assert {n.all_input_nodes[0].meta["value"] for n in weighted_nodes(folded)} <= set(plan.values)
     assert all(tie <= set(plan.values) for tie in plan.ties)
+
+
+def test_values_on_one_grid_have_one_width():
+    gm = fold_batch_norm(trace(build("residual"), SHAPE))
+    plan = make_plan(gm, BitConfig(4, 4), PlanRules())
+    plan.check(gm)
+    tie = next(sorted(t) for t in plan.ties if len(t & set(plan.values)) > 1)
+    name = next(v for v in tie if v in plan.values)
+    other = replace(plan, values={**plan.values, name: replace(plan.values[name], bits=7)})
+    with pytest.raises(SpecError, match=name):
+        other.check(gm)

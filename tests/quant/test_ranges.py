@@ -230,3 +230,42 @@ def test_huge_values_have_the_grid_of_ordinary_ones(ends: torch.Tensor | None):
     )
     ordinary, huge = lp(x, spec, ends), lp(x * 2.0**70, spec, None if ends is None else ends * 2.0**70)
     assert torch.equal(huge.scale, ordinary.scale * 2.0**70) and torch.equal(huge.zero_point, ordinary.zero_point)
+
+
+@pytest.mark.parametrize("p", [8, 16])
+@pytest.mark.parametrize("factor", [1e-12, 1.0, 3e6])
+def test_high_norms_keep_within_what_numbers_hold(p: int, factor: float):
+    """An error of 1e6 to the power of 16 is beyond float32, one of 1e-3 below it: the ratio is the one of float64."""
+    x = torch.randn(5000, generator=torch.Generator().manual_seed(0)) ** 3
+    spec = QuantSpec(4, True, True)
+    tried = [float(x.abs().max()) * (1 - k / 100) / spec.qmax for k in range(100)]
+    errors = [float((x - (x / s).round().clamp(spec.qmin, spec.qmax) * s).double().abs().pow(p).mean()) for s in tried]
+    best = tried[errors.index(min(errors))]
+    assert best < tried[0] and float(lp(x * factor, spec, p=p).scale) == pytest.approx(best * factor, rel=1e-5)
+
+
+def test_percentile_of_what_is_nearly_all_zero():
+    x = torch.zeros(10_000)
+    x[::400] = torch.linspace(0.001, 0.01, 25)
+    ends = torch.tensor([[0.0, 0.01]])
+    q = estimators("percentile:99")[0](x, QuantSpec(8, False, False), ends)
+    assert float(q.scale) == pytest.approx(0.01 / 255, rel=0.02)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_kl_counts_the_codes_that_a_range_has(bits: int):
+    """Behind a ReLU, a grid about 0 has as many codes as an unsigned one of one bit less: it is cut as that is."""
+    x = torch.distributions.Exponential(1.0)
+    torch.manual_seed(0)
+    x = x.sample((40_000,))
+    ends = torch.stack([x.min().clamp_max(0), x.max()]).view(1, 2)
+    signed = estimators("kl")[0](x, QuantSpec(bits, True, True), ends)
+    unsigned = estimators("kl")[0](x, QuantSpec(bits - 1, False, True), ends)
+    assert float(signed.scale) == pytest.approx(float(unsigned.scale), rel=1e-6)
+
+
+def test_smoothed_chunks_are_alike_in_size():
+    """The seventeenth image is no chunk of its own, whose ends would count as much as those of sixteen."""
+    ends = torch.stack([torch.zeros(17), torch.ones(17)], 1)
+    ends[16, 1], ends[15, 1] = 3.0, 3.0
+    assert float(smoothed(torch.empty(0), QuantSpec(8, True, False), ends).scale) == pytest.approx(2 / 255)
