@@ -87,9 +87,13 @@ def likeness(reference: Runner, others: Sequence[Runner], batches: Iterable[Tens
 
 
 def agreement(a: Tensor, b: Tensor) -> float:
-    """Share of images on which two networks' outputs `[N, K, …]` have the same largest class everywhere."""
-    same = (a.argmax(1) == b.argmax(1)).reshape(len(a), -1)
+    """Share of images on which two networks' outputs `[N, K, …]` have the same largest class; a lone score, the same sign."""
+    same = (_decided(a) == _decided(b)).reshape(len(a), -1)
     return float(same.float().mean())
+
+
+def _decided(out: Tensor) -> Tensor:
+    return out.argmax(1) if out.shape[1] > 1 else out > 0
 
 
 def sqnr_db(reference: Tensor, other: Tensor) -> float:

@@ -82,9 +82,13 @@ def choose_widths(
     Raises:
         SpecError: no choice of widths meets the budget.
     """
-    free = [path for path in plan.weights if path not in fixed and path in weights]
     macs, inputs = layer_macs(gm), _inputs(gm)
     bops = budget.kind == "bops"
+    weights = {path: row for path, row in weights.items() if path in plan.weights and path not in fixed}
+    if bops:  # what enters a layer whose weights are settled may be free all the same
+        enters = {p: plan.group(inputs[p]) for p in fixed if p in plan.weights and inputs[p] in plan.values}
+        weights |= {p: {plan.weights[p].bits: 0.0} for p, group in enters.items() if group in activations}
+    free = [path for path in plan.weights if path in weights]
     groups = {p: plan.group(inputs[p]) if bops and inputs[p] in plan.values else "" for p in free}
     acts = {p: sorted(activations.get(groups[p], ())) for p in free}  # none: the activations of that layer stay
     options = [(p, b, a) for p in free for b in sorted(weights[p]) for a in (acts[p] or [None])]

@@ -180,3 +180,15 @@ def test_what_was_set_counts_against_the_budget():
     assert {
         s.bits for s in plan_within(gm, Budget("size", 1e6, 4), every, images(), lp, **common).weights.values()
     } == {4}
+
+
+def test_activations_stay_free_where_only_the_weights_were_set():
+    """A layer at w8 reads 2 bits like any other, if the budget needs it."""
+    gm, rules = prepare("plain").folded, PlanRules("all")
+    narrow = make_plan(gm, BitConfig(2, 2), rules)
+    middle = list(narrow.weights)[1]
+    set_by_hand = PlanRules("all", overrides=(Override(middle, 8, None),))
+    least = bit_operations(gm, make_plan(gm, BitConfig(2, 2), set_by_hand))
+    common = {"seed": 0, "device": _CPU, "feedback": Feedback()}
+    plan = plan_within(gm, Budget("bops", 1.05 * least), set_by_hand, images(), lp, **common)
+    assert plan.weights[middle].bits == 8 and bit_operations(gm, plan) <= 1.05 * least
