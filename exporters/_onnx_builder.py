@@ -14,6 +14,12 @@ PACKED = {
 }  # fmt: skip
 
 
+def tensor_name(node: fx.Node) -> str:
+    """The name of a node's tensor in the file."""
+    name = node.meta["value"] or f"{node.name}.raw"
+    return f"{name}.value" if name in ("input", "output") else name  # those two are the file's own
+
+
 class Builder:
     """Collects nodes and initializers of one ONNX graph of version `opset`; `names` maps each FX node to its (float) tensor."""
 

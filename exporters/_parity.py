@@ -23,6 +23,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from ptq.exporters._onnx_builder import tensor_name
 from ptq.exporters._onnx_ops import is_matrix_of_means
 from ptq.exporters._onnx_region import MARK
 from ptq.exporters._opinions import far_off, second_opinions
@@ -134,10 +135,18 @@ def _by_module(student: fx.GraphModule, kernels: dict[str, Any]) -> dict[str, An
     """The float layers by their module paths, and apart from the other float operations."""
     layers = kernels["float_layers"]
     result = output_node(student)
-    paths = {"output" if n is result else n.meta["value"] or n.name: str(n.target) for n in weighted_nodes(student)}
-    named = [paths.get(name.partition("/")[0].partition(".")[0], name) for name in layers]
+    paths = {
+        "output" if n is result else tensor_name(n).removesuffix(".raw"): str(n.target) for n in weighted_nodes(student)
+    }
+    named = [next((paths[t] for t in _tensors_of(name) if t in paths), name) for name in layers]
     others = [name for name in kernels["float_operations"] if name not in layers]
     return {**kernels, "float_layers": named, "float_operations": others}
+
+
+def _tensors_of(node: str) -> list[str]:
+    """The tensors that a node of the file may have been written for, the longest name first: conv1 of "conv1.raw/Conv"."""
+    parts = node.partition("/")[0].split(".")
+    return [".".join(parts[:k]) for k in range(len(parts), 0, -1)]
 
 
 def _same_class(simulated: Tensor, real: Tensor) -> Tensor:
@@ -235,11 +244,13 @@ def _per_tensor(gm: fx.GraphModule, path: Path, images: Tensor, batch_size: int)
     """Every quantized value's comparison, and the largest difference of the result relative to its largest value."""
     model = onnx.load(str(path))
     inside = {name for node in model.graph.node for name in node.output}
-    nodes = [n for n in gm.graph.nodes if n.op == "call_module" and f"{n.meta.get('value')}.codes" in inside]
-    values = [n.meta["value"] for n in nodes]
+    result = output_node(gm)
+    modules = [n for n in gm.graph.nodes if n.op == "call_module" and n.meta.get("value")]
+    named = {n.meta["value"]: "output" if n is result else tensor_name(n) for n in modules}
+    values = [value for value, name in named.items() if f"{name}.codes" in inside]
     model.graph.node.extend(
         onnx.helper.make_node(
-            "DequantizeLinear", [f"{v}.{part}" for part in ("codes", "scale", "zero_point")], [f"{v}.seen"]
+            "DequantizeLinear", [f"{named[v]}.{part}" for part in ("codes", "scale", "zero_point")], [f"{v}.seen"]
         )
         for v in values
     )

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self
 
 import onnx
 from onnx import TensorProto, helper
-from ptq.exporters._onnx_builder import Builder
+from ptq.exporters._onnx_builder import Builder, tensor_name
 from ptq.exporters._onnx_codes import quantize_value
 from ptq.exporters._onnx_ops import EMITTERS, absorbed_pad
 from ptq.exporters._onnx_region import check_region
@@ -132,7 +132,7 @@ def _build(qm: QuantizedModel, profile: Profile, opset: int, ir: int) -> onnx.Mo
     b.names[source] = "input"
     for node in gm.graph.nodes:
         if node.op in ("call_module", "call_function"):
-            _emit(b, qm.plan, node, "output" if node is result else _tensor_name(node))
+            _emit(b, qm.plan, node, "output" if node is result else tensor_name(node))
     if b.names[result] != "output":
         b.add("Identity", [b.names[result]], "output")
     graph = helper.make_graph(
@@ -143,11 +143,6 @@ def _build(qm: QuantizedModel, profile: Profile, opset: int, ir: int) -> onnx.Mo
     )  # fmt: skip
     opsets = [helper.make_opsetid("", opset)]
     return helper.make_model(graph, opset_imports=opsets, producer_name="ptq", ir_version=ir)
-
-
-def _tensor_name(node: fx.Node) -> str:
-    name = node.meta["value"] or f"{node.name}.raw"
-    return f"{name}.value" if name in ("input", "output") else name  # those two are the file's own
 
 
 def _emit(b: Builder, plan: QuantPlan, node: fx.Node, out: str) -> None:

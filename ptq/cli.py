@@ -23,7 +23,7 @@ from ptq.cli_output import Again, close, forget_progress, progress_folder, where
 from ptq.cli_sensitivity import run_sensitivity
 from ptq.distilling.course import Course
 from ptq.errors import ArtifactError, ExportError, PtqError, ReconstructionError, SpecError
-from ptq.evaluate import check_labels, onnx_runner, runner, top1
+from ptq.evaluate import check_labels, class_scores, onnx_runner, runner, top1
 from ptq.graph.fold_bn import fold_batch_norm
 from ptq.graph.plan import make_plan
 from ptq.graph.trace import tensors_of, trace
@@ -119,7 +119,7 @@ def _quantize(args: argparse.Namespace) -> int:
     check_free(args.output, args.force)
     target = None if args.target == "none" else plugins.build("exporters", args.target)
     model = load_model(args.model, args.arch, trust_pickle=args.trust_pickle)
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     common: dict[str, Any] = {
         "input_shape": args.input_shape, "ranges": args.ranges, "edges": args.edges, "adds": args.adds,
         "weights": args.weights, "activations": args.activations, "scales": args.scales,
@@ -168,9 +168,9 @@ def _classes(model: nn.Module, x: torch.Tensor) -> int | None:
     try:
         with torch.no_grad():
             (out,) = tensors_of(copy.deepcopy(model).float().eval()(x))
-            return int(out.shape[1])
     except Exception:  # what is wrong with a network is said when it is traced
         return None
+    return class_scores(out).shape[1]
 
 
 def _baselines(
@@ -210,7 +210,7 @@ def _inspect(args: argparse.Namespace) -> int:
         plan = make_plan(folded, BitConfig.parse(args.bits), rules)
     if target is not None:
         target.check(folded, plan)
-    print_sections(Console(), plan_sections(folded, plan))
+    print_sections(Console(markup=False), plan_sections(folded, plan))
     return 0
 
 
@@ -224,11 +224,13 @@ def _export(args: argparse.Namespace) -> int:
     proof = export(qm, target, path)
     record_proof(path, args.target, proof)
     if "integer_layers" in proof:
-        print_sections(Console(), [proof_section(proof, f"{path}: passed")])
+        print_sections(Console(markup=False), [proof_section(proof, f"{path}: passed")])
     else:  # another's exporter has figures of its own
-        Console().print(f"{path}: passed")
+        Console(markup=False).print(f"{path}: passed")
     if args.vectors is not None:
-        Console().print(f"{write_vectors(qm, images[: args.vectors], path.parent / 'vectors')}: golden vectors")
+        Console(markup=False).print(
+            f"{write_vectors(qm, images[: args.vectors], path.parent / 'vectors')}: golden vectors"
+        )
     return 0
 
 
@@ -254,7 +256,9 @@ def _eval(args: argparse.Namespace) -> int:
         print(json.dumps({"top1": accuracy, "pictures": len(pictures)}))
     else:
         rows = [[name, f"{100 * v:.2f} %"] for name, v in accuracy.items()]
-        print_sections(Console(), [Section(f"Top-1 on {len(pictures)} pictures", ["network", ">top-1"], rows)])
+        print_sections(
+            Console(markup=False), [Section(f"Top-1 on {len(pictures)} pictures", ["network", ">top-1"], rows)]
+        )
     return 0
 
 
@@ -283,7 +287,7 @@ def _list(args: argparse.Namespace) -> int:
             Section(title, ["name", "what it is", *heads], rows),
             Section("Their options", ["name", "options"], options),
         ]
-        print_sections(Console(), sections)
+        print_sections(Console(markup=False), sections)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def run_distill(args: argparse.Namespace) -> int:
         raise SpecError(
             "name what shall learn: a folder that 'ptq quantize -o' wrote, or a student by --student-arch (and --student)"
         )
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     if args.folder is not None:
         _quantized(args, console)
     else:
@@ -81,7 +82,7 @@ def _quantized(args: argparse.Namespace, console: Console) -> None:
     if args.count is not None and args.data is None:
         raise SpecError("-n is given without --data; the folder's own images are as many as they are")
     qm = QuantizedModel.load(args.folder)
-    args.arch = args.arch or qm.manifest.recipe.get("arch")
+    args.arch = args.arch or _recorded_arch(qm)
     model = _teacher_of(args, qm)
     target = None if args.target == "none" else plugins.build("exporters", args.target)
     if target is not None:
@@ -95,6 +96,20 @@ def _quantized(args: argparse.Namespace, console: Console) -> None:
     qm, sections = write_network(qm, model, args.output, args.force, target, pictures, runs)
     forget_progress(args)
     close(args, qm, [*course_sections(Course.from_json(qm.manifest.metrics["course"])), *sections], console)
+
+
+def _recorded_arch(qm: QuantizedModel) -> str | None:
+    """What the folder's recipe says builds the float network, where that runs no code but torchvision's.
+
+    Raises:
+        SpecError: it is other code, which runs only where the user names it: folders may come from anybody.
+    """
+    found = qm.manifest.recipe.get("arch")
+    if found is None or re.fullmatch(r"torchvision:\w+", str(found)):
+        return found
+    raise SpecError(
+        f"what builds the float network is code: name it by --arch; the folder says it was {str(found)[:200]!r}"
+    )
 
 
 def _teacher_of(args: argparse.Namespace, qm: QuantizedModel) -> nn.Module:
@@ -224,5 +239,5 @@ def _say(args: argparse.Namespace, facts: dict[str, Any], sections: list[Section
     if args.json:
         print(json.dumps(facts, indent=1))
     elif not args.quiet:
-        print_sections(Console(), sections)
+        print_sections(Console(markup=False), sections)
         console.print(f"written to {args.output}: {STUDENT}, {FACTS}")

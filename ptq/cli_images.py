@@ -64,7 +64,7 @@ def run_synthesize(args: argparse.Namespace) -> int:
     stated = normalization(args.mean, args.std, args.input_shape[0])
     model = load_model(args.model, args.arch, trust_pickle=args.trust_pickle)
     teachers = further(args)
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     with shown(args.quiet, console) as feedback:
         made = synthesize(model, sized(args.data or "auto", args), teachers=teachers, feedback=feedback, **options)
     pixels, beyond = to_pixels(made.images, *stated)
@@ -116,7 +116,7 @@ def run_similarity(args: argparse.Namespace) -> int:
     options = common(args)
     model = load_model(args.model, args.arch, trust_pickle=args.trust_pickle)
     found: dict[str, Similarity] = {}
-    with shown(args.quiet or args.json, Console(stderr=True)) as feedback:
+    with shown(args.quiet or args.json, Console(stderr=True, markup=False)) as feedback:
         texts: list[str] = [*([args.reference] if args.reference else []), *args.sets]
         for text in dict.fromkeys(texts):
             found[text] = data_similarity(model, _data(text, args), feedback=feedback, **options)
@@ -131,7 +131,7 @@ def run_similarity(args: argparse.Namespace) -> int:
         }  # fmt: skip
         print(json.dumps(rows, indent=1))
     else:
-        print_sections(Console(), _tables(found, reference, args.layers))
+        print_sections(Console(markup=False), _tables(found, reference, args.layers))
     return 0
 
 

@@ -114,5 +114,5 @@ def close(args: argparse.Namespace, qm: QuantizedModel, sections: list[Section],
         }
         print(json.dumps(metrics, indent=1))
     elif not args.quiet:
-        print_sections(Console(), sections)
+        print_sections(Console(markup=False), sections)
         console.print(f"written to {args.output}")

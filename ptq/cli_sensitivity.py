@@ -32,7 +32,7 @@ def run_sensitivity(args: argparse.Namespace) -> int:
     if args.output is not None and not args.output.absolute().parent.is_dir():
         raise SpecError(f"{args.output} cannot be written: there is no folder {args.output.absolute().parent}")
     model = load_model(args.model, args.arch, trust_pickle=args.trust_pickle)
-    with shown(args.quiet or args.json, Console(stderr=True)) as feedback:
+    with shown(args.quiet or args.json, Console(stderr=True, markup=False)) as feedback:
         found = bit_sensitivity(
             model, sized(args.data or "auto", args), teachers=further(args), widths=args.widths,
             count=args.count or 256, budget=args.bits, ranges=args.ranges, edges=args.edges, feedback=feedback, **options,
@@ -43,10 +43,11 @@ def run_sensitivity(args: argparse.Namespace) -> int:
         print(json.dumps(_rows(found, args.output), indent=1))
         return 0
     print_sections(
-        Console(), [_table(found.costs, *kind) for kind in _KINDS if any(c.kind == kind[0] for c in found.costs)]
+        Console(markup=False),
+        [_table(found.costs, *kind) for kind in _KINDS if any(c.kind == kind[0] for c in found.costs)],
     )
     if found.plan is not None and args.output is not None:
-        Console().print(
+        Console(markup=False).print(
             f"{args.output}: weights of {found.bytes / 1000:.1f} kB, {found.bops / 1e9:.3f} G bit operations an image; "
             f"use it with 'ptq quantize --plan {args.output}'"
         )

@@ -39,6 +39,19 @@ def check_labels(pictures: Pictures, classes: int | None = None) -> None:
         raise CalibrationError(f"label {int(pictures.labels.max())} found; the network has {classes} classes")
 
 
+def class_scores(out: Tensor) -> Tensor:
+    """The scores [N, K] of a network that gives [N, K], or [N, K, 1, 1].
+
+    Raises:
+        CalibrationError: it gives more than one score a class.
+    """
+    if out.ndim < 2 or out[0].numel() != out.shape[1]:
+        raise CalibrationError(
+            f"top-1 needs one score a class, [N, K]; the network gives [N, {', '.join(map(str, out.shape[1:]))}]"
+        )
+    return out.flatten(1)
+
+
 def top1(run: Runner, pictures: Pictures, batch_size: int = 128) -> float:
     """Share of pictures whose largest output is at their label.
 
@@ -51,7 +64,7 @@ def top1(run: Runner, pictures: Pictures, batch_size: int = 128) -> float:
         assert y is not None
         if not bool(x.isfinite().all()):
             raise CalibrationError("the validation pictures hold values that are not finite")
-        out = run(x)
+        out = class_scores(run(x))
         if int(y.max()) >= out.shape[1]:
             raise CalibrationError(f"label {int(y.max())} found; the network has {out.shape[1]} classes")
         right += int((out.argmax(1) == y).sum())

@@ -241,4 +241,6 @@ def _fill(model: nn.Module, state: dict[str, Tensor], path: Path, arch: str) -> 
         raise ModelError(f"the weights in {path} do not fit {arch}: {'; '.join(parts)}")
     if odd := [k for k, v in expected.items() if k in state and state[k].is_complex() and not v.is_complex()]:
         raise ModelError(f"the weights in {path} are complex numbers, first {odd[0]!r}; real ones are needed")
+    if odd := [k for k, v in state.items() if v.layout != torch.strided]:
+        raise ModelError(f"the weights in {path} are sparse tensors, first {odd[0]!r}; dense ones are needed")
     model.load_state_dict({k: v for k, v in state.items() if k in expected}, strict=False)

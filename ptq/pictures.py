@@ -5,7 +5,6 @@ uint8 pixels are brought into the network's input space as `(pixel / 255 - mean)
 
 import hashlib
 import re
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from ptq.errors import CalibrationError
 if TYPE_CHECKING:
     from PIL import Image
 
+_LONGEST = 9  # digits of a class number
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
@@ -130,7 +130,8 @@ def open_pictures(
     """
     path, fit = Path(path), fit or Fit()
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES)
+        found = (p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES)
+        files = sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts))
         if not files:
             raise CalibrationError(f"no pictures in {path}; looked for {', '.join(sorted(_SUFFIXES))}")
         return Pictures(files, _folder_labels(path, files), input_shape, mean, std, fit)
@@ -158,17 +159,22 @@ def _read_array(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
             if "x" not in loaded:
                 raise CalibrationError(f"{path} has no array 'x'; it has {', '.join(loaded) or 'none'}")
             return loaded["x"], loaded.get("y", None)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as e:
+    except CalibrationError:
+        raise
+    except Exception as e:  # a damaged file may fail anywhere in numpy, zipfile and zlib
         raise CalibrationError(f"{path} is not a readable .npz or .npy file of plain arrays: {e}") from e
 
 
 def _folder_labels(root: Path, files: list[Path]) -> Tensor | None:
     parents = [p.relative_to(root).parts[0] if p.parent != root else "" for p in files]
     if all(parents):
-        index = {name: i for i, name in enumerate(sorted(set(parents)))}
+        folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+        index = {name: i for i, name in enumerate(folders)}  # an empty folder is a class too
         return torch.tensor([index[name] for name in parents])
     numbers = [re.match(r"\d+", p.name) for p in files]
-    return torch.tensor([int(m.group()) for m in numbers if m]) if all(numbers) else None
+    if not all(m and len(m.group()) <= _LONGEST for m in numbers):  # longer ones tell the time
+        return None
+    return torch.tensor([int(m.group()) for m in numbers if m])
 
 
 def _decode(path: Path, shape: tuple[int, int, int], fit: Fit) -> np.ndarray:
@@ -177,6 +183,12 @@ def _decode(path: Path, shape: tuple[int, int, int], fit: Fit) -> np.ndarray:
 
     try:
         with Image.open(path) as opened:
+            if opened.mode in ("I", "F"):
+                raise CalibrationError(
+                    f"{path} holds grey values of 32 bits, whose range nobody knows; convert it to 8 or 16 bits"
+                )
+            if opened.mode.startswith("I;16"):  # converted, all but the darkest would be white
+                opened = Image.fromarray((np.asarray(opened, dtype=np.float64) / 257).round().astype(np.uint8))
             picture = opened.convert("L" if shape[0] == 1 else "RGB")
     except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as e:
         raise CalibrationError(f"{path} cannot be read as a picture: {e}") from e

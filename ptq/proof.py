@@ -33,6 +33,8 @@ def export(qm: QuantizedModel, target: str | Exporter, path: Any, *, images: Ten
 
     exporter = plugins.build("exporters", target) if isinstance(target, str) else target
     path = Path(path)
+    if path.is_dir():
+        raise ExportError(f"{path} is a folder; name the file to write")
     try:
         exporter.check(qm.student, qm.plan)
     except ExportError as e:

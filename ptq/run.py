@@ -70,8 +70,8 @@ def _shape(shape: Iterable[int]) -> tuple[int, int, int]:
 def _device(device: str | torch.device) -> torch.device:
     try:
         found = torch.device(device)
-        torch.zeros((), device=found)
-    except (RuntimeError, AssertionError) as e:
+        torch.zeros((), device=found).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise SpecError(f"device {str(device)!r} is not there: {str(e).splitlines()[0]}") from e
     return found
 
@@ -90,9 +90,10 @@ def normalization(
         raise SpecError("mean and std belong together; give both or neither")
     both = [torch.tensor(list(v), dtype=torch.float32) for v in (mean, std)]
     both = [v.repeat(channels) if len(v) == 1 else v for v in both]
-    if any(len(v) != channels for v in both) or not bool((both[1] > 0).all()):
+    finite = all(bool(v.isfinite().all()) for v in both)
+    if any(len(v) != channels for v in both) or not finite or not bool((both[1] > 0).all()):
         raise SpecError(
-            f"mean and std have one number per channel ({channels}), std above 0; got {floats(both[0])} and {floats(both[1])}"
+            f"mean and std have one number per channel ({channels}), finite, std above 0; got {floats(both[0])} and {floats(both[1])}"
         )
     return both[0], both[1]
 

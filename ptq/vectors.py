@@ -129,7 +129,9 @@ class _Writer:
     def _sources(self, node: fx.Node) -> list[fx.Node]:
         """The named values a layer reads, and the image; what has no name is inside the layer."""
         found: list[fx.Node] = []
-        for n in node.all_input_nodes:
+        read: list[fx.Node] = []
+        fx.map_arg(node.args, read.append)  # a tensor added to itself is read twice
+        for n in read:
             found += [n] if n.meta.get("value") is not None or n.op == "placeholder" else self._sources(n)
         return found
 

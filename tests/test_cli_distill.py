@@ -32,7 +32,7 @@ def _student(*extra: str, out: str = "made") -> int:
 
 
 def test_a_folder_is_trained_further(quantized, capsys):
-    assert main(["distill", "out", *SHORT, "--report-on", "val.npz"]) == 0
+    assert main(["distill", "out", "--arch", ARCH, *SHORT, "--report-on", "val.npz"]) == 0
     shown = capsys.readouterr().out
     for word in ("Epochs", "mean over epochs", "variance", "onnxruntime", "distilled", "passed"):
         assert word in shown, word
@@ -95,7 +95,7 @@ def test_and_then_it_is_quantized(work, capsys):
     assert {"student.pt", "model.onnx", "distillation.json", "report.md"} <= {p.name for p in Path("made").iterdir()}
     assert main(["eval", "made", "--val", "val.npz", "--json"]) == 0
     assert (
-        main(["distill", "made", *SHORT, *GENIE, "--quiet"]) == 0
+        main(["distill", "made", "--arch", f"{FILE}:SharedReLU", *SHORT, *GENIE, "--quiet"]) == 0
     )  # the teacher is now the student that was quantized
 
 
@@ -141,21 +141,22 @@ _NEW = ("distill", *TEACHER, "--student-arch", f"{FILE}:SharedReLU", "-o", "made
     ("args", "says"),
     [
         (("distill",), "name what shall learn"),
-        (("distill", "out", "--student-arch", ARCH), "only one of them can learn"),
+        (("distill", "out", "--arch", ARCH, "--student-arch", ARCH), "only one of them can learn"),
         (("distill", "nowhere"), "holds no manifest.json"),
         (("distill", "--student-arch", ARCH, "-o", "made"), "--teacher is missing"),
-        (("distill", "out", "--then", "w4a4"), "--then given"),
-        (("distill", "out", "--teacher", "none.pt"), "nothing is there"),
+        (("distill", "out", "--arch", ARCH, "--then", "w4a4"), "--then given"),
+        (("distill", "out", "--arch", ARCH, "--teacher", "none.pt"), "nothing is there"),
         (("quantize", "model.pt", *TEACHER[2:], "--report-on", "val.npz", "-o", "made", "--quiet"), "ask for one by distill"),
-        (("distill", "out", "--report-on", "nowhere"), "neither a folder nor a file"),
-        (("distill", "out", "--training", "epoch=1"), "did you mean 'epochs'"),
-        (("distill", "out", "--data", "gaussian:teacher_bn=batch"), "cannot normalize by the batch"),
+        (("distill", "out", "--arch", ARCH, "--report-on", "nowhere"), "neither a folder nor a file"),
+        (("distill", "out", "--arch", ARCH, "--training", "epoch=1"), "did you mean 'epochs'"),
+        (("distill", "out", "--arch", ARCH, "--data", "gaussian:teacher_bn=batch"), "cannot normalize by the batch"),
         ((*_NEW, "--report-on", "nowhere"), "neither a folder nor a file"),
         ((*_NEW, "--epochs", "-1"), "at least 0"),
         ((*_NEW, "--data", "genie", "--training", "feed=pool"), "fixed set"),
         ((*_NEW, "--then", "w9a4"), "2 to 8"),
         ((*_NEW, "--rounding", "nearest"), "without --then"),
-        (("distill", "out", "-n", "7"), "without --data"),
+        (("distill", "out", "--arch", ARCH, "-n", "7"), "without --data"),
+        (("distill", "out"), "is code: name it by --arch"),
         ((*_NEW, "--data", "nayer", "--restore", "bn_stats"), "restore"),
         ((*_NEW, "--data", "images:nowhere"), "neither a folder nor a file"),
         ((*_NEW, "--target", "npu"), "known: onnx_qdq"),
@@ -176,12 +177,12 @@ def test_bad_input_gets_one_line_and_status_2(args, says, quantized, capsys):
 def test_a_teacher_that_is_gone_is_asked_for(quantized, capsys):
     Path("model.pt").rename("moved.pt")
     capsys.readouterr()
-    assert main(["distill", "out", *SHORT]) == 2
+    assert main(["distill", "out", "--arch", ARCH, *SHORT]) == 2
     assert "--teacher MODEL" in capsys.readouterr().err
-    assert main(["distill", "out", "--teacher", "moved.pt", *SHORT, "--quiet", "-o", "there"]) == 0
+    assert main(["distill", "out", "--arch", ARCH, "--teacher", "moved.pt", *SHORT, "--quiet", "-o", "there"]) == 0
 
 
-@pytest.mark.parametrize("args", [("distill", "out"), (*_NEW, "--then", "w4a4", *SHORT, *GENIE)])
+@pytest.mark.parametrize("args", [("distill", "out", "--arch", ARCH), (*_NEW, "--then", "w4a4", *SHORT, *GENIE)])
 def test_what_the_target_cannot_do_is_said_before_any_training(args, quantized, capsys, monkeypatch):
     monkeypatch.setattr("ptq.distillation.train", lambda job: pytest.fail("trained"))
     assert main([*args, "--target", "tensorrt"]) == 1

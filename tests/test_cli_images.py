@@ -84,7 +84,7 @@ def test_further_networks(work, capsys):
         main(["quantize", *BASE, *SOURCE, "--rounding", "nearest", "--quiet", "--with", "other.pt", "-o", "out"]) == 0
     )
     assert ptq.load("out").manifest.recipe["further_teachers"] == 1
-    distill = ["distill", "out", "--epochs", "1", "--steps", "2", "--batch", "4", "--quiet"]
+    distill = ["distill", "out", "--arch", ARCH, "--epochs", "1", "--steps", "2", "--batch", "4", "--quiet"]
     capsys.readouterr()
     assert main(distill) == 2 and "--with" in capsys.readouterr().err
     assert main([*distill, "--with", "other.pt"]) == 0

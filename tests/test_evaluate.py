@@ -1,11 +1,13 @@
 """How alike two networks are, and how often one is right."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ptq.errors import ModelError
-from ptq.evaluate import agreement, likeness, runner, sqnr_db
+from ptq.errors import CalibrationError, ModelError
+from ptq.evaluate import agreement, likeness, runner, sqnr_db, top1
+from ptq.pictures import Pictures
 
 _CPU = torch.device("cpu")
 
@@ -48,3 +50,12 @@ def test_one_tensor_however_it_is_returned():
             return {"out": [2 * x]}
 
     assert torch.equal(runner(Named(), _CPU)(torch.ones(2, 3)), torch.full((2, 3), 2.0))
+
+
+def test_scores_with_dimensions_of_one():
+    scores, y = _scores(0, 4, 1, 1), torch.arange(50) % 4
+    pictures = Pictures(np.zeros((50, 3, 2, 2), np.float32), y, (3, 2, 2), None, None)
+    expected = float((scores.flatten(1).argmax(1) == y).float().mean())
+    assert top1(lambda x: scores[: len(x)], pictures) == pytest.approx(expected)
+    with pytest.raises(CalibrationError, match=r"\[N, 4, 2, 2\]"):
+        top1(lambda x: torch.zeros(len(x), 4, 2, 2), pictures)

@@ -90,3 +90,48 @@ def test_bad_inputs_say_what_is_wrong(tmp_path):
     (tmp_path / "g").mkdir()
     (tmp_path / "g" / "x.png").write_bytes(b"no picture")
     fails(tmp_path / "g", "cannot be read as a picture")
+
+
+def test_grey_of_16_bits(tmp_path):
+    """Scaled, not cut off: 65535 is white and 257 is the darkest grey of 8 bits."""
+    ramp = np.arange(64, dtype=np.uint16).reshape(8, 8) * 257
+    Image.fromarray(ramp).save(tmp_path / "0.png")
+    Image.fromarray(ramp.astype(np.int32)).save(tmp_path / "1.tif")
+    pictures = open_pictures(tmp_path, SHAPE, torch.zeros(3), torch.ones(3))
+    shown = (255 * pictures.read(torch.tensor([0]))).round().int()
+    assert torch.equal(shown[0, 0], torch.arange(64, dtype=torch.int32).view(8, 8))
+    with pytest.raises(CalibrationError, match="32 bits"):
+        pictures.read(torch.tensor([1]))
+
+
+def test_folders_of_classes_keep_their_numbers(tmp_path):
+    """One without pictures counts; hidden ones, as notebooks leave them, do not."""
+    for name in ("cat", "dog", "eel", ".ipynb_checkpoints"):
+        (tmp_path / name).mkdir()
+    for name in ("cat", "eel", ".ipynb_checkpoints"):
+        Image.fromarray(_pixels(1)[0]).save(tmp_path / name / "0.png")
+    pictures = open_pictures(tmp_path, SHAPE, MEAN, STD)
+    assert pictures.labels is not None and pictures.labels.tolist() == [0, 2]
+
+
+def test_names_that_tell_the_time_are_no_classes(tmp_path):
+    Image.fromarray(_pixels(1)[0]).save(tmp_path / "20261122033000123456.png")
+    pictures = open_pictures(tmp_path, SHAPE, MEAN, STD)
+    assert len(pictures) == 1 and pictures.labels is None
+
+
+@pytest.mark.parametrize("name", ["p.npz", "p.npy"])
+def test_damaged_arrays_get_one_line(name: str, tmp_path):
+    path, rng = tmp_path / name, np.random.default_rng(0)
+    (np.savez_compressed if name.endswith("z") else np.save)(path, _pixels())
+    whole, refused = path.read_bytes(), 0
+    for _ in range(200):
+        damaged = bytearray(whole)
+        damaged[int(rng.integers(min(len(whole), 300)))] ^= int(rng.integers(1, 256))
+        path.write_bytes(damaged)
+        try:
+            open_pictures(path, SHAPE, MEAN, STD)
+        except CalibrationError as e:
+            assert str(path) in str(e)
+            refused += 1
+    assert refused > 20

@@ -198,3 +198,30 @@ def test_from_the_command_line(tmp_path, capsys):
         assert main(["export", str(tmp_path / "out"), "--vectors", "3"]) == 0
     assert "golden vectors" in " ".join(capsys.readouterr().out.split())
     assert json.loads((tmp_path / "out" / "vectors" / "index.json").read_text())["images"] == 3
+
+
+class Twice(nn.Module):
+    """Accumulators beyond 2^24, and a tensor added to itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.wide = nn.Conv2d(3, 512, 3, padding=1), nn.Conv2d(512, 4, 3)
+        with torch.no_grad():
+            self.wide.weight.abs_()
+
+    def forward(self, x):
+        x = F.relu(self.conv(x) + 5)
+        y = F.relu(self.wide(x))
+        return (y + y).mean((2, 3))
+
+
+def test_large_accumulators_are_whole_numbers(tmp_path):
+    _, index, found = _written(Twice(), "w8a8", tmp_path)
+    rows = {row["name"]: row for row in index["layers"]}
+    (wide,) = [name for name, row in rows.items() if row.get("layer") == "wide"]
+    assert np.abs(found[wide]["accumulator"]).max() > 2**24
+    assert np.array_equal(found[wide]["accumulator"], _accumulator(rows[wide], found[wide]))
+    (added,) = [name for name, row in rows.items() if row["op"] == "add"]
+    assert {"input0", "input1", "output"} <= set(found[added]) and len(rows[added]["multipliers"]) == 2
+    assert np.array_equal(found[added]["input0"], found[added]["input1"])

@@ -207,7 +207,7 @@ def is_move(steps: tuple[Step, ...], inputs: int, constants: int) -> bool:
 def _fills_zeros(step: Step) -> bool:
     _, args, kwargs = step
     given = [*args[2:], *(v for _, v in kwargs)]
-    return min(args[1]) >= 0 and all(v in (0, None, ("text", "constant")) for v in given)
+    return min(args[1], default=0) >= 0 and all(v in (0, None, ("text", "constant")) for v in given)
 
 
 def dtype_of(name: str) -> torch.dtype:

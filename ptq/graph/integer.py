@@ -65,7 +65,7 @@ def to_integer(student: fx.GraphModule) -> fx.GraphModule:
         out.graph.eliminate_dead_code()
         for node in list(out.graph.nodes):
             _replace_float(out, node, student)
-        result = output_node(out)
+        result = _before_moves(out, output_node(out))
         op, source = find_op(out, result), None
         if op is not None and op.role == "weighted":
             source = quantizer_of(student, result.all_input_nodes[0].meta["value"])
@@ -143,6 +143,14 @@ def _replace_float(gm: fx.GraphModule, node: fx.Node, student: fx.GraphModule) -
         _become(gm, node, runtime.Elementwise(_FUNCTIONS[op.name]), node.args)  # type: ignore[arg-type]
     elif is_global_mean(gm, node) and (source := _grid(student, node.all_input_nodes[0])) is not None:
         _become(gm, node, runtime.CodeMean(source), node.args)  # type: ignore[arg-type]
+
+
+def _before_moves(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """The linear layer whose result `node` is, moved about (slices, reshapes), or `node` itself."""
+    at = node
+    while (op := find_op(gm, at)) is not None and op.role == "same" and len(at.all_input_nodes) == 1:
+        at = at.all_input_nodes[0]
+    return at if op is not None and op.name == "linear" else node
 
 
 def _replace_result(gm: fx.GraphModule, node: fx.Node, source: QParams) -> None:

@@ -43,7 +43,7 @@ class _Quantizer(nn.Module):
 
 
 class IntegerLayer(nn.Module):
-    """A convolution or linear layer on codes: `[B, …]` on the input's grid → the int32 accumulator, as float.
+    """A convolution or linear layer on codes: `[B, …]` on the input's grid → the int32 accumulator, in float64.
 
     path: where the layer stands in the network.
     """
@@ -77,7 +77,7 @@ class IntegerLayer(nn.Module):
         else:
             total = F.linear(q, self.codes).double()  # type: ignore[arg-type]
             total = total if self.bias is None else total + self.bias  # pyright: ignore[reportOperatorIssue]
-        return total.float()
+        return total  # in float64, which holds every int32
 
 
 class Requantize(_Quantizer):
@@ -88,7 +88,7 @@ class Requantize(_Quantizer):
         self.register_buffer("multiplier", layer.by_channel(layer.scale / q.scale.detach()))  # type: ignore[operator]
 
     def forward(self, total: Tensor) -> Tensor:
-        return self.finish(torch.round(total * self.multiplier) + self.q.zero_point)  # pyright: ignore[reportOperatorIssue]
+        return self.finish(torch.round(total.float() * self.multiplier) + self.q.zero_point)  # pyright: ignore[reportOperatorIssue]
 
 
 class RequantizeSum(_Quantizer):
@@ -104,7 +104,7 @@ class RequantizeSum(_Quantizer):
         layer.register_buffer("bias", None)
 
     def forward(self, total: Tensor) -> Tensor:
-        real = total * self.scale + self.bias  # pyright: ignore[reportOperatorIssue]
+        real = total.float() * self.scale + self.bias  # pyright: ignore[reportOperatorIssue]
         return self.finish(torch.round(real / self.q.scale) + self.q.zero_point)
 
 
@@ -116,7 +116,7 @@ class Rescale(nn.Module):
         self.register_buffer("scale", layer.by_channel(layer.scale))  # type: ignore[arg-type]
 
     def forward(self, total: Tensor) -> Tensor:
-        return total * self.scale  # pyright: ignore[reportOperatorIssue]
+        return total.float() * self.scale  # pyright: ignore[reportOperatorIssue]
 
 
 class IntegerAdd(_Quantizer):

@@ -15,7 +15,7 @@ from ptq.graph.float_region import FloatRegion
 from ptq.graph.lower import GATED, IN_PLACE, lower_call, lower_module
 from ptq.graph.ops import find_op
 from ptq.graph.recorder import Recorder
-from ptq.graph.source_line import source_of
+from ptq.graph.source_line import first_line, source_of
 
 LAYER = "torch.nn.modules."  # how the names of torch's own modules begin
 _NESTED = (f"{LAYER}container.", f"{LAYER}transformer.", f"{LAYER}rnn.")  # of those, made of others, or of many steps
@@ -31,7 +31,7 @@ def redirect_in_place(gm: fx.GraphModule) -> None:
     for node in gm.graph.nodes:
         if not _in_place(gm, node):
             continue
-        changed = node.args[0]
+        changed = node.args[0] if node.args else node.kwargs.get("input")
         if not isinstance(changed, fx.Node):
             continue
         for user in [u for u in changed.users if order[u] > order[node]]:
@@ -59,7 +59,8 @@ def select_parts(gm: fx.GraphModule, recorder: Recorder) -> None:
         split = node.args[0]
         if not isinstance(parts, tuple | list) or not isinstance(split, fx.Node) or not split.all_input_nodes:
             continue
-        (whole, *rest), kwargs, _ = recorder.calls[split]
+        args, kwargs, _ = recorder.calls[split]
+        whole, *rest = args or (kwargs.get("input", kwargs.get("tensor")),)
         dim = kwargs.get("dim", rest[1] if len(rest) > 1 else 0)
         if (
             not isinstance(whole, TensorShape)
@@ -129,9 +130,12 @@ def steps_of(module: nn.Module | None, node: fx.Node, recorded: tuple[Any, ...])
         args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
     first = next((a for a in (*args, *kwargs.values()) if isinstance(a, TensorShape)), _first_of_list(args))
     call = Call(args, kwargs, first.dims[1:], out.dims[1:])
-    if module is not None:
-        return lower_module(module, call)
-    return lower_aten(node.target, call) if aten_name(node.target) else lower_call(node.target, call)
+    try:
+        if module is not None:
+            return lower_module(module, call)
+        return lower_aten(node.target, call) if aten_name(node.target) else lower_call(node.target, call)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:  # arguments of a form that no rule knows
+        raise Unsupported(f"it is called in an unusual form ({first_line(e)})") from e
 
 
 def _first_of_list(args: tuple[Any, ...]) -> TensorShape:

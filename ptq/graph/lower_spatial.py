@@ -64,6 +64,10 @@ def avg_pool(call: Call) -> list[Step]:
         if ceil:
             raise Unsupported("average pooling with divisor_override and ceil_mode")
         return [nn.AvgPool2d(kernel, stride, pads, False, any(pads)), MulConstant.of(kernel[0] * kernel[1] / divisor)]
+    if ceil and not _rounds_up(
+        call, kernel, stride, (0, 0) if counts_pads else pads, (pads if counts_pads else (0, 0))
+    ):
+        raise Unsupported("average pooling whose size is rounded up along one side and down along the other")
     if ceil and counts_pads:  # torch counts padding but not what is beyond it, runtimes all or nothing: make it pixels
         (ph, pw) = pads
         return [Pad((pw, pw, ph, ph)), nn.AvgPool2d(kernel, stride, 0, True, False)]
@@ -72,11 +76,25 @@ def avg_pool(call: Call) -> list[Step]:
 
 def max_pool(call: Call) -> list[Step]:
     _refuse_tokens(call)
-    kernel = call.get(1, "kernel_size")
-    return [nn.MaxPool2d(
-        pair(kernel), pair(call.get(2, "stride") or kernel), pair(call.get(3, "padding", 0)),
-        pair(call.get(4, "dilation", 1)), ceil_mode=call.get(5, "ceil_mode", False),
-    )]  # fmt: skip
+    kernel, dilation = pair(call.get(1, "kernel_size")), pair(call.get(4, "dilation", 1))
+    stride, pads = pair(call.get(2, "stride") or kernel), pair(call.get(3, "padding", 0))
+    reach = tuple(d * (k - 1) + 1 for k, d in zip(kernel, dilation))
+    floor = tuple((size + 2 * p - k) // s + 1 for size, p, k, s in zip(call.shape[-2:], pads, reach, stride))
+    ceil = bool(call.get(5, "ceil_mode", False)) and floor != tuple(call.out[-2:])
+    if ceil and not _rounds_up(call, reach, stride, pads):
+        raise Unsupported("max pooling whose size is rounded up along one side and down along the other")
+    return [nn.MaxPool2d(kernel, stride, pads, dilation, ceil_mode=ceil)]
+
+
+def _rounds_up(
+    call: Call, reach: tuple[int, ...], stride: tuple[int, ...], pads: tuple[int, ...], pixels: tuple[int, ...] = (0, 0)
+) -> bool:
+    """Whether a pool has as many windows as its size rounded up: torch leaves out one that would begin in the padding.
+
+    pixels: what is padded on either side before.
+    """
+    spans = [n + 2 * (p + q) - k for n, p, q, k in zip(call.shape[-2:], pads, pixels, reach)]
+    return tuple(-(-span // s) + 1 for span, s in zip(spans, stride)) == tuple(call.out[-2:])
 
 
 def pad(call: Call) -> list[Step]:

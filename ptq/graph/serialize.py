@@ -3,6 +3,7 @@
 Possible because a traced network holds only the operations of `ops.py`, each rebuilt from a few numbers.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ptq.errors import ModelError
 from ptq.graph.ops import OPS, find_op
 from ptq.graph.plan import QuantPlan
 from ptq.quant.affine import QParams
@@ -54,6 +56,8 @@ def as_tuples(v: Any) -> Any:
 
 def graph_from_json(rows: list[Mapping[str, Any]], plan: QuantPlan) -> fx.GraphModule:
     """The network, with empty tensors on the meta device; `load_state_dict(…, assign=True)` fills them."""
+    for row in rows:
+        _check_names(row)
     graph, root, nodes = fx.Graph(), nn.Module(), dict[str, fx.Node]()
     with torch.device("meta"):
         for row in rows:
@@ -63,6 +67,22 @@ def graph_from_json(rows: list[Mapping[str, Any]], plan: QuantPlan) -> fx.GraphM
     graph.lint()
     gm = fx.GraphModule(root, graph)
     return gm.eval().requires_grad_(False)
+
+
+def _check_names(row: Mapping[str, Any]) -> None:
+    """Raises unless a row's names are names: fx writes them into the code that it generates, others into names of files.
+
+    Raises:
+        ModelError: one holds more.
+    """
+    name, value = str(row["name"]), str(row.get("value") or "x")
+    if not name.isidentifier() or not re.fullmatch(r"\w+(\.\w+)*", value):
+        raise ModelError(
+            f"a node is called {name[:80]!r}, its value {value[:80]!r}: names are letters, digits and underscores"
+        )
+    path = row.get("path", "")
+    if not isinstance(path, str) or re.search(r'["\\\x00-\x1f\x7f]', path):
+        raise ModelError(f"a module is called {str(path)[:80]!r}, which is no name")
 
 
 def _rebuild(

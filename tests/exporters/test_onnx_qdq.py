@@ -1,5 +1,7 @@
 """The written file: valid, integer, packed, free in the batch, and equal to the simulation."""
 
+import json
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -297,3 +299,27 @@ def test_a_linear_layer_on_pixels_is_exact():
     held = quantizer_of(qm.student, "mix")
     assert held is not None
     assert np.array_equal(quantize(values(qm.graph, x)["mix"], held.qparams).numpy(), codes)
+
+
+@pytest.mark.parametrize("bits", ("w8a8", "w4a4"))
+@pytest.mark.parametrize(
+    "end", [lambda y: y.view(-1, 2, 5), lambda y: y[:, :4], lambda y: y.unsqueeze(1), lambda y: F.log_softmax(y, 1)]
+)
+def test_results_that_are_moved_or_called_output(end, bits: str, tmp_path):
+    """The layer behind is in an integer kernel all the same, and is found under its name."""
+    net = Ending(end).eval()
+    qm = ptq.quantize(net, bits, images(), input_shape=SHAPE, rounding="nearest")
+    proof = ptq.export(qm, "onnx_qdq", tmp_path / "m.onnx", images=images())
+    assert proof["passed"] and proof["integer_layers"] == 2 and proof["float_layers"] == []
+    index = json.loads((ptq.write_vectors(qm, images(2), tmp_path / "vectors") / "index.json").read_text())
+    assert "output" in {row.get("layer") for row in index["layers"]}
+
+
+class Ending(nn.Module):
+    def __init__(self, end) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.output, self.end = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 10), end
+
+    def forward(self, x):
+        return self.end(self.output(F.relu(self.conv(x)).mean((2, 3))))

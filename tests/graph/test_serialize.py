@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ptq.contracts import Feedback
+from ptq.errors import ModelError
 from ptq.graph.ops import OPS, find_op
 from ptq.graph.plan import QuantPlan
 from ptq.graph.serialize import graph_from_json, graph_to_json
@@ -152,3 +153,28 @@ def test_kinds_of_batch_norm_that_stay(options: dict):
     again = _round_trip(gm, plan)
     with torch.no_grad():
         assert torch.equal(again(images(8, seed=1)), gm(images(8, seed=1)))
+
+
+NAMES = {
+    "a node": ("name", "x=__import__('os').system('exit')"),
+    "a node that is no identifier": ("name", "x y"),
+    "a value outside the folder": ("value", "/tmp/outside"),
+    "a value above the folder": ("value", "../outside"),
+    "a module": ("path", '__doc__") or print(1) or getattr(self, "conv1'),
+    "a module over two lines": ("path", "conv1\nimport os"),
+}
+
+
+@pytest.mark.parametrize("what", NAMES)
+def test_names_that_are_more_than_names(what: str):
+    """fx writes names into code; golden vectors, into names of files."""
+    gm, plan = _hardened(prepare("plain", "w8a8"))
+    rows = json.loads(json.dumps(graph_to_json(gm)))
+    key, name = NAMES[what]
+    row = next(r for r in rows if key in r)
+    for other in rows:
+        other["inputs"] = [name if key == "name" and i == row["name"] else i for i in other["inputs"]]
+    row[key] = name
+    with pytest.raises(ModelError, match="called") as caught:
+        graph_from_json(rows, plan)
+    assert "\n" not in str(caught.value)

@@ -14,6 +14,12 @@ from tests.stages import relative_error
 from tests.zoo import SHAPE, images
 
 
+def _written(x: Tensor) -> Tensor:
+    y = x[:, :3]
+    y.clamp_(-1e4, 1e4)
+    return x
+
+
 class Spelled(nn.Module):
     """A convolution, one operation, a convolution."""
 
@@ -39,9 +45,25 @@ KNOWN = {
     "resizing by a whole factor": lambda x: F.interpolate(x, scale_factor=2.0),
     "nearest-exact, larger": lambda x: F.interpolate(x, scale_factor=(3, 2), mode="nearest-exact"),
     "nearest-exact, smaller": lambda x: F.interpolate(x, size=(8, 4), mode="nearest-exact"),
+    "windows that all begin before the padding": lambda x: F.max_pool2d(
+        x[:, :, :15, :15], 2, padding=1, ceil_mode=True
+    ),
+    "chunk by name": lambda x: torch.cat([torch.chunk(input=x, chunks=2, dim=1)[k] for k in (1, 0)], 1),
+    "an activation by name": lambda x: nn.ReLU(inplace=True)(input=x * 1),
     "nearest-exact as a module": nn.Upsample(scale_factor=2, mode="nearest-exact"),
 }
 UNKNOWN = {
+    "a clamp in place": lambda x: (x * 1).clamp_(-0.1, 0.2),
+    "a clamp in place that reaches nothing": lambda x: (x * 1).clamp_(-1e4, 1e4),
+    "a threshold in place": lambda x: F.threshold(x * 1, -1e4, 0.0, inplace=True),
+    "a clamp of a part in place": lambda x: _written(x * 1),
+    "a vector as weight": lambda x: F.linear(x, torch.arange(16.0)).unsqueeze(3),
+    "no padding": lambda x: F.pad(x, ()) + x.cumsum(1),
+    "layer_norm without weight": lambda x: F.layer_norm(x, (16,), None, torch.arange(16.0)),
+    "a last window in the padding, rounded down": lambda x: F.max_pool2d(
+        x[:, :, :15], (2, 3), 2, padding=1, ceil_mode=True
+    ),
+    "a mean that ends in the padding": lambda x: F.avg_pool2d(x[:, :, :6, :5], 3, padding=1, ceil_mode=True),
     "resizing by a broken factor": lambda x: F.interpolate(x, scale_factor=1.3),
     "nearest-exact to any size": lambda x: F.interpolate(x, size=(9, 20), mode="nearest-exact"),
     "nearest-exact, larger and smaller": lambda x: F.interpolate(x, size=(32, 8), mode="nearest-exact"),
