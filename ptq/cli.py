@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import nn
 
 from ptq import plugins
@@ -33,7 +32,7 @@ from ptq.pipeline import quantize
 from ptq.proof import export, proof_images, record_proof
 from ptq.report import Section, course_sections, plan_sections, print_sections, proof_section
 from ptq.spec import BitConfig, Override, PlanRules
-from ptq.terminal import shown
+from ptq.terminal import plain_console, shown
 from ptq.vectors import write_vectors
 
 _CPU = torch.device("cpu")
@@ -105,7 +104,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         if "distill_data" in manifest["recipe"]:
             raise SpecError(
                 f"{path} is of a network that 'ptq distill' trained further: repeat the recipe of the folder it was made from, "
-                "and then that"
+                "then run ptq distill on the result"
             )
         found = {name: manifest["recipe"].get(name, default) for name, default in _RECIPE.items()}
         found["further_teachers"] = manifest["recipe"].get("further_teachers", 0)
@@ -119,7 +118,7 @@ def _quantize(args: argparse.Namespace) -> int:
     check_free(args.output, args.force)
     target = None if args.target == "none" else plugins.build("exporters", args.target)
     model = load_model(args.model, args.arch, trust_pickle=args.trust_pickle)
-    console = Console(stderr=True, markup=False)
+    console = plain_console(stderr=True)
     common: dict[str, Any] = {
         "input_shape": args.input_shape, "ranges": args.ranges, "edges": args.edges, "adds": args.adds,
         "weights": args.weights, "activations": args.activations, "scales": args.scales,
@@ -210,7 +209,7 @@ def _inspect(args: argparse.Namespace) -> int:
         plan = make_plan(folded, BitConfig.parse(args.bits), rules)
     if target is not None:
         target.check(folded, plan)
-    print_sections(Console(markup=False), plan_sections(folded, plan))
+    print_sections(plain_console(), plan_sections(folded, plan))
     return 0
 
 
@@ -224,13 +223,11 @@ def _export(args: argparse.Namespace) -> int:
     proof = export(qm, target, path)
     record_proof(path, args.target, proof)
     if "integer_layers" in proof:
-        print_sections(Console(markup=False), [proof_section(proof, f"{path}: passed")])
+        print_sections(plain_console(), [proof_section(proof, f"{path}: passed")])
     else:  # another's exporter has figures of its own
-        Console(markup=False).print(f"{path}: passed")
+        plain_console().print(f"{path}: passed")
     if args.vectors is not None:
-        Console(markup=False).print(
-            f"{write_vectors(qm, images[: args.vectors], path.parent / 'vectors')}: golden vectors"
-        )
+        plain_console().print(f"{write_vectors(qm, images[: args.vectors], path.parent / 'vectors')}: golden vectors")
     return 0
 
 
@@ -256,9 +253,7 @@ def _eval(args: argparse.Namespace) -> int:
         print(json.dumps({"top1": accuracy, "pictures": len(pictures)}))
     else:
         rows = [[name, f"{100 * v:.2f} %"] for name, v in accuracy.items()]
-        print_sections(
-            Console(markup=False), [Section(f"Top-1 on {len(pictures)} pictures", ["network", ">top-1"], rows)]
-        )
+        print_sections(plain_console(), [Section(f"Top-1 on {len(pictures)} pictures", ["network", ">top-1"], rows)])
     return 0
 
 
@@ -287,7 +282,7 @@ def _list(args: argparse.Namespace) -> int:
             Section(title, ["name", "what it is", *heads], rows),
             Section("Their options", ["name", "options"], options),
         ]
-        print_sections(Console(markup=False), sections)
+        print_sections(plain_console(), sections)
     return 0
 
 

@@ -26,11 +26,11 @@ from ptq.graph.trace import trace
 from ptq.loading import fresh_model, load_model
 from ptq.mixed_precision import check_budget
 from ptq.pictures import Pictures
-from ptq.pipeline import quantize
+from ptq.pipeline import check_fisher, quantize
 from ptq.report import Section, course_sections, print_sections
 from ptq.request import read_bits
 from ptq.spec import BitConfig, Budget, PlanRules
-from ptq.terminal import shown
+from ptq.terminal import plain_console, shown
 
 STUDENT, FACTS = "student.pt", "distillation.json"
 _CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ def run_distill(args: argparse.Namespace) -> int:
         raise SpecError(
             "name what shall learn: a folder that 'ptq quantize -o' wrote, or a student by --student-arch (and --student)"
         )
-    console = Console(stderr=True, markup=False)
+    console = plain_console(stderr=True)
     if args.folder is not None:
         _quantized(args, console)
     else:
@@ -82,7 +82,6 @@ def _quantized(args: argparse.Namespace, console: Console) -> None:
     if args.count is not None and args.data is None:
         raise SpecError("-n is given without --data; the folder's own images are as many as they are")
     qm = QuantizedModel.load(args.folder)
-    args.arch = args.arch or _recorded_arch(qm)
     model = _teacher_of(args, qm)
     target = None if args.target == "none" else plugins.build("exporters", args.target)
     if target is not None:
@@ -105,7 +104,7 @@ def _recorded_arch(qm: QuantizedModel) -> str | None:
         SpecError: it is other code, which runs only where the user names it: folders may come from anybody.
     """
     found = qm.manifest.recipe.get("arch")
-    if found is None or re.fullmatch(r"torchvision:\w+", str(found)):
+    if found is None or re.fullmatch(r"torchvision:\w+(\(.*\))?", str(found)):  # arguments are literals
         return found
     raise SpecError(
         f"what builds the float network is code: name it by --arch; the folder says it was {str(found)[:200]!r}"
@@ -120,6 +119,7 @@ def _teacher_of(args: argparse.Namespace, qm: QuantizedModel) -> nn.Module:
     """
     path, found = args.teacher, qm.manifest.recipe.get("model")
     if path is None:
+        args.arch = args.arch or _recorded_arch(qm)
         if found is None or not Path(found).is_file():
             raise SpecError(
                 f"the float network is needed as teacher, and {found or 'the file it was made from'} is not there; name it by "
@@ -132,10 +132,11 @@ def _teacher_of(args: argparse.Namespace, qm: QuantizedModel) -> nn.Module:
 def _check_then(args: argparse.Namespace, student: nn.Module) -> None:
     """Raises what quantizing the student would, before it is trained."""
     wanted = read_bits(args.then)
-    plugins.build("reconstructors", args.rounding or "nearest")
+    method = plugins.build("reconstructors", args.rounding or "nearest")
     target = None if args.target == "none" else plugins.build("exporters", args.target)
     rules = PlanRules(**({} if target is None else target.rules))
     folded = fold_batch_norm(trace(student, tuple(args.input_shape)))
+    check_fisher(method, folded)
     if isinstance(wanted, Budget):
         check_budget(folded, wanted, rules)
     plan = make_plan(folded, BitConfig(8, wanted.act) if isinstance(wanted, Budget) else wanted, rules)
@@ -144,7 +145,7 @@ def _check_then(args: argparse.Namespace, student: nn.Module) -> None:
             target.check(folded, plan)
         except ExportError as e:
             raise ExportError(
-                f"{e}; of --then that cannot be said: leave it out, and give student.pt to ptq quantize"
+                f"{e}; --then has no such options: leave it out, and run ptq quantize on student.pt"
             ) from e
 
 
@@ -183,12 +184,12 @@ def _student(args: argparse.Namespace, console: Console) -> None:
             **_common(args, feedback, pictures),
         )
         qm = None if args.then is None else _then(args, found, stated, feedback)
-    _write_student(args, model, found, qm, pictures, console)
+    _write_student(args, model, found, qm, pictures, console=console)
 
 
 def _write_student(
     args: argparse.Namespace, model: nn.Module, found: Distilled, qm: QuantizedModel | None, pictures: Pictures | None,
-    console: Console,
+    *, console: Console,
 ) -> None:  # fmt: skip
     """Writes the student and, where it was quantized, what `quantize` writes beside it; prints what it ended with."""
     facts, sections = _facts(args, found), course_sections(found.course, found.top1)
@@ -223,7 +224,8 @@ def _then(args: argparse.Namespace, found: Distilled, stated: dict[str, Any], fe
         target=None if args.target == "none" else args.target, source=f"the student of {args.teacher.name}", feedback=feedback,
         cache=progress_folder(args), **stated,
     )  # fmt: skip
-    recipe = {**qm.manifest.recipe, "data": found.recipe["data"], "student": found.recipe}
+    images = {name: found.recipe[name] for name in ("data", "further_teachers")}
+    recipe = {**qm.manifest.recipe, **images, "student": found.recipe}
     return replace(qm, manifest=replace(qm.manifest, recipe=recipe, notes=[*found.notes, *qm.manifest.notes]))
 
 
@@ -239,5 +241,5 @@ def _say(args: argparse.Namespace, facts: dict[str, Any], sections: list[Section
     if args.json:
         print(json.dumps(facts, indent=1))
     elif not args.quiet:
-        print_sections(Console(markup=False), sections)
+        print_sections(plain_console(), sections)
         console.print(f"written to {args.output}: {STUDENT}, {FACTS}")

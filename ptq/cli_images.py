@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from torch import nn
 
 from ptq.artifact import MANIFEST, check_free, versions, whole_folder
@@ -19,7 +18,7 @@ from ptq.report import Section, print_sections
 from ptq.run import normalization
 from ptq.similarity import Similarity
 from ptq.sources import data_similarity, synthesize
-from ptq.terminal import shown
+from ptq.terminal import plain_console, shown
 
 
 def sized(data: str, args: argparse.Namespace) -> str:
@@ -64,7 +63,7 @@ def run_synthesize(args: argparse.Namespace) -> int:
     stated = normalization(args.mean, args.std, args.input_shape[0])
     model = load_model(args.model, args.arch, trust_pickle=args.trust_pickle)
     teachers = further(args)
-    console = Console(stderr=True, markup=False)
+    console = plain_console(stderr=True)
     with shown(args.quiet, console) as feedback:
         made = synthesize(model, sized(args.data or "auto", args), teachers=teachers, feedback=feedback, **options)
     pixels, beyond = to_pixels(made.images, *stated)
@@ -116,7 +115,7 @@ def run_similarity(args: argparse.Namespace) -> int:
     options = common(args)
     model = load_model(args.model, args.arch, trust_pickle=args.trust_pickle)
     found: dict[str, Similarity] = {}
-    with shown(args.quiet or args.json, Console(stderr=True, markup=False)) as feedback:
+    with shown(args.quiet or args.json, plain_console(stderr=True)) as feedback:
         texts: list[str] = [*([args.reference] if args.reference else []), *args.sets]
         for text in dict.fromkeys(texts):
             found[text] = data_similarity(model, _data(text, args), feedback=feedback, **options)
@@ -131,7 +130,7 @@ def run_similarity(args: argparse.Namespace) -> int:
         }  # fmt: skip
         print(json.dumps(rows, indent=1))
     else:
-        print_sections(Console(markup=False), _tables(found, reference, args.layers))
+        print_sections(plain_console(), _tables(found, reference, args.layers))
     return 0
 
 

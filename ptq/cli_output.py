@@ -19,6 +19,7 @@ from ptq.evaluate import Runner, onnx_runner, top1
 from ptq.pictures import Pictures
 from ptq.proof import proof_images
 from ptq.report import Section, markdown, print_sections, run_sections
+from ptq.terminal import plain_console
 
 
 @dataclass(frozen=True)
@@ -114,5 +115,5 @@ def close(args: argparse.Namespace, qm: QuantizedModel, sections: list[Section],
         }
         print(json.dumps(metrics, indent=1))
     elif not args.quiet:
-        print_sections(Console(markup=False), sections)
+        print_sections(plain_console(), sections)
         console.print(f"written to {args.output}")

@@ -5,8 +5,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from ptq.artifact import write_plan
 from ptq.cli_images import common, further, sized
 from ptq.errors import SpecError
@@ -14,7 +12,7 @@ from ptq.loading import load_model
 from ptq.mixed_precision import BitSensitivity, bit_sensitivity
 from ptq.report import Section, print_sections
 from ptq.sensitivity import Cost
-from ptq.terminal import shown
+from ptq.terminal import plain_console, shown
 
 _KINDS = (
     ("weight", "Weights of one layer", "layer"), ("block", "Weights of one block", "block"),
@@ -32,7 +30,7 @@ def run_sensitivity(args: argparse.Namespace) -> int:
     if args.output is not None and not args.output.absolute().parent.is_dir():
         raise SpecError(f"{args.output} cannot be written: there is no folder {args.output.absolute().parent}")
     model = load_model(args.model, args.arch, trust_pickle=args.trust_pickle)
-    with shown(args.quiet or args.json, Console(stderr=True, markup=False)) as feedback:
+    with shown(args.quiet or args.json, plain_console(stderr=True)) as feedback:
         found = bit_sensitivity(
             model, sized(args.data or "auto", args), teachers=further(args), widths=args.widths,
             count=args.count or 256, budget=args.bits, ranges=args.ranges, edges=args.edges, feedback=feedback, **options,
@@ -43,11 +41,11 @@ def run_sensitivity(args: argparse.Namespace) -> int:
         print(json.dumps(_rows(found, args.output), indent=1))
         return 0
     print_sections(
-        Console(markup=False),
+        plain_console(),
         [_table(found.costs, *kind) for kind in _KINDS if any(c.kind == kind[0] for c in found.costs)],
     )
     if found.plan is not None and args.output is not None:
-        Console(markup=False).print(
+        plain_console().print(
             f"{args.output}: weights of {found.bytes / 1000:.1f} kB, {found.bops / 1e9:.3f} G bit operations an image; "
             f"use it with 'ptq quantize --plan {args.output}'"
         )

@@ -191,12 +191,14 @@ def distill_quantized(
     """
     manifest = qm.manifest
     seed = int(manifest.recipe.get("seed", 0)) if seed is None else seed
-    further = int(manifest.recipe.get("further_teachers", 0))
-    if data is None and further != len(teachers):
-        raise SpecError(
-            f"this network's images suit {further} further networks, {len(teachers)} given; name as many (teachers=, --with), or data"
-        )
-    data = data_of(qm) if data is None else data
+    if data is None:
+        data, further = data_of(qm), int(manifest.recipe.get("further_teachers", 0))
+        again = isinstance(data, str) and not data.startswith("images")  # they are made once more
+        if again and further != len(teachers):
+            raise SpecError(
+                f"this network's images suit {further} further networks, {len(teachers)} given; name as many (teachers=, --with), "
+                "or data"
+            )
     run = start_run(manifest.input_shape, device, seed, manifest.mean, manifest.std, feedback, cache)
     source = build_source(data, effort)
     networks = run.timed("trace", trace_all, model, teachers, run)
@@ -218,7 +220,10 @@ def distill_quantized(
         "agreement_nearest": before.agreement, "sqnr_db_nearest": before.sqnr_db,
         "calibration_images": len(images), "beside": "before distillation",
     }  # fmt: skip
-    added = {"distill": plugins.describe_options(how), "distill_data": describe_data(source), "distill_seed": seed}
+    added = {
+        "distill": plugins.describe_options(how), "distill_data": describe_data(source), "distill_seed": seed,
+        "distill_further_teachers": len(teachers),
+    }  # fmt: skip
     graph = graph.to("cpu")
     manifest = replace(
         manifest, recipe=manifest.recipe | added, ranges=value_ranges(graph), metrics=manifest.metrics | figures,

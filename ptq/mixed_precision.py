@@ -69,6 +69,13 @@ def _numel(gm: fx.GraphModule, path: str) -> int:
     return gm.get_submodule(path).weight.numel()  # type: ignore[union-attr, operator]
 
 
+def _settled_weights(gm: fx.GraphModule, plan: QuantPlan, fixed: Sequence[str], activations: Costs) -> Costs:
+    """The one width of each layer whose weights are settled, and what enters it is not."""
+    inputs = _inputs(gm)
+    enters = {p: plan.group(inputs[p]) for p in fixed if p in plan.weights and inputs[p] in plan.values}
+    return {p: {plan.weights[p].bits: 0.0} for p, group in enters.items() if group in activations}
+
+
 def choose_widths(
     gm: fx.GraphModule, plan: QuantPlan, fixed: Sequence[str], weights: Costs, activations: Costs, budget: Budget
 ) -> tuple[Override, ...]:
@@ -76,7 +83,7 @@ def choose_widths(
 
     Args:
         gm: the folded network. plan: its plan, which says what the fixed layers have.
-        fixed: module paths whose widths stay as planned (first and last layers, and what the user set).
+        fixed: module paths whose weights' widths stay as planned (first and last layers, and what the user set).
         weights: of every free layer. activations: of every group that may change; others stay as planned.
 
     Raises:
@@ -85,9 +92,7 @@ def choose_widths(
     macs, inputs = layer_macs(gm), _inputs(gm)
     bops = budget.kind == "bops"
     weights = {path: row for path, row in weights.items() if path in plan.weights and path not in fixed}
-    if bops:  # what enters a layer whose weights are settled may be free all the same
-        enters = {p: plan.group(inputs[p]) for p in fixed if p in plan.weights and inputs[p] in plan.values}
-        weights |= {p: {plan.weights[p].bits: 0.0} for p, group in enters.items() if group in activations}
+    weights |= _settled_weights(gm, plan, fixed, activations) if bops else {}
     free = [path for path in plan.weights if path in weights]
     groups = {p: plan.group(inputs[p]) if bops and inputs[p] in plan.values else "" for p in free}
     acts = {p: sorted(activations.get(groups[p], ())) for p in free}  # none: the activations of that layer stay

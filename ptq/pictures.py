@@ -159,7 +159,7 @@ def _read_array(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
             if "x" not in loaded:
                 raise CalibrationError(f"{path} has no array 'x'; it has {', '.join(loaded) or 'none'}")
             return loaded["x"], loaded.get("y", None)
-    except CalibrationError:
+    except (CalibrationError, MemoryError):
         raise
     except Exception as e:  # a damaged file may fail anywhere in numpy, zipfile and zlib
         raise CalibrationError(f"{path} is not a readable .npz or .npy file of plain arrays: {e}") from e
@@ -183,11 +183,12 @@ def _decode(path: Path, shape: tuple[int, int, int], fit: Fit) -> np.ndarray:
 
     try:
         with Image.open(path) as opened:
-            if opened.mode in ("I", "F"):
+            deep = opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format in ("PNG", "PPM"))
+            if opened.mode in ("I", "F") and not deep:
                 raise CalibrationError(
                     f"{path} holds grey values of 32 bits, whose range nobody knows; convert it to 8 or 16 bits"
                 )
-            if opened.mode.startswith("I;16"):  # converted, all but the darkest would be white
+            if deep:  # converted, all but the darkest would be white
                 opened = Image.fromarray((np.asarray(opened, dtype=np.float64) / 257).round().astype(np.uint8))
             picture = opened.convert("L" if shape[0] == 1 else "RGB")
     except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as e:

@@ -126,13 +126,13 @@ def quantize(
     planned = _planned(folded, asked)
     images_from = settle_source(asked.data, networks, run, effort)
     labelled = open_labelled(report_on, run, classes_of(folded))
-    if asked.method.needs_fisher and classes_of(folded) < 2:
-        raise ReconstructionError("Fisher weights need the scores of classes; the network gives one: use fisher=false")
+    check_fisher(asked.method, folded)
     trainer, how = (None, None) if distill is None else prepare_distillation(distill, data, images_from, effort)
     asked = _suited(asked, images_from, run)
     images = run.timed("calibration images", gather, images_from, networks, run)
     metrics: dict[str, Any] = {"fold_error": _check_fold(networks[0], folded, images, run)}
     reference, folded, expected = _equalized(networks[0], folded, images, asked.mends, run)
+    metrics["equalized"] = reference is not networks[0]
     planned = _within_budget(folded, planned, asked, images, run)
     student = _fake_quantized(reference, folded, planned, asked, images, images_from, run)
     folded = folded.to(run.device)
@@ -153,6 +153,12 @@ def quantize(
         [{**asdict(b), "layers": list(b.layers)} for b in blocks], metrics, run.seconds, run.notes,
     )  # fmt: skip
     return QuantizedModel(graph.to("cpu"), planned, manifest, images)
+
+
+def check_fisher(method: Reconstructor, folded: fx.GraphModule) -> None:
+    """Raises ReconstructionError where the method weighs errors by gradients of class scores, and the network has none."""
+    if method.needs_fisher and classes_of(folded) < 2:
+        raise ReconstructionError("Fisher weights need the scores of classes; the network gives one: use fisher=false")
 
 
 def _common(run: Run) -> dict[str, Any]:

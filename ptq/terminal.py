@@ -10,6 +10,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ptq.contracts import Feedback
 
 
+def plain_console(*, stderr: bool = False) -> Console:
+    """A console that shows text as it is: names of files may hold brackets."""
+    return Console(stderr=stderr, markup=False)
+
+
 @contextmanager
 def shown(quiet: bool, console: Console) -> Iterator[Feedback]:
     """Feedback that draws progress bars with the time left; notes go above them."""
@@ -17,7 +22,7 @@ def shown(quiet: bool, console: Console) -> Iterator[Feedback]:
         yield Feedback()
         return
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console, refresh_per_second=2, speed_estimate_period=60) as bars:

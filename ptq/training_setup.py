@@ -260,7 +260,7 @@ def check_pair(qm: QuantizedModel, folded: fx.GraphModule) -> None:
     Raises:
         ModelError: another architecture, or other weights. SpecError: channels were rescaled between the two.
     """
-    if "equalize" in str(qm.manifest.recipe.get("repair", "")):
+    if "equalize" in str(qm.manifest.recipe.get("repair", "")) and qm.manifest.metrics.get("equalized", True):
         raise SpecError(
             "this network's channels were equalized before it was quantized, so that its blocks are not the float network's; "
             "distil in the run that quantizes: ptq quantize --repair equalize --distill"

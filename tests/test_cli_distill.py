@@ -99,6 +99,15 @@ def test_and_then_it_is_quantized(work, capsys):
     )  # the teacher is now the student that was quantized
 
 
+def test_images_that_suit_a_further_network_are_made_with_it_again(work, capsys):
+    torch.save(ZOO["residual"]().state_dict(), "other.pt")
+    assert _student("--with", "other.pt", "--then", "w8a8", "--rounding", "nearest", "--quiet") == 0
+    again = ["distill", "made", "--arch", f"{FILE}:SharedReLU", *SHORT, *("--quiet", "-o", "again")]
+    capsys.readouterr()
+    assert main(again) == 2 and "1 further networks" in capsys.readouterr().err
+    assert main([*again, "--with", "other.pt", "--with-arch", ARCH]) == 0
+
+
 def test_fresh_weights_depend_on_the_seed(work):
     for seed, out in (("1", "a"), ("1", "b"), ("2", "c")):
         assert _student("--seed", seed, "--quiet", "--data", "gaussian:teacher_bn=running", out=out) == 0

@@ -4,7 +4,6 @@ import copy
 import shutil
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ import ptq
 from ptq.augment import mix_up
 from ptq.contracts import Feedback, make_rng
 from ptq.distilling import loop
-from ptq.errors import ModelError, ReconstructionError, SpecError
+from ptq.errors import SpecError
 from ptq.quant.fake_quant import ActFakeQuant
 from tests.zoo import SHAPE, build, images
 
@@ -272,89 +271,11 @@ class _WithDropout(nn.Sequential):
             super().__init__(nn.Flatten(), nn.Dropout(0.5), nn.Linear(768, 10))
 
 
-class Named(nn.Module):
-    """Its scores are in a dictionary."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = build("residual")
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return {"out": self.body(x)}
-
-
-class Auxiliary(Named):
-    """A second head, in training."""
-
-    def forward(self, x: Tensor) -> Any:
-        scores = self.body(x)
-        return (scores, 2 * scores) if self.training else scores
-
-
-@pytest.mark.parametrize(
-    ("student", "options", "kind", "says"),
-    [
-        (nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(784, 10)), {}, ModelError, "the student: .*input shape"),
-        (nn.Sequential(nn.Flatten(), nn.Linear(768, 7)), {}, ModelError, r"\[B, 7\], its teacher \[B, 10\]"),
-        (nn.Sequential(nn.Flatten(), nn.Linear(768, 10)), {}, ModelError, "no BatchNorm"),
-        (Auxiliary(), {}, ModelError, "2 tensors in training"),
-        (None, {"report_on": (torch.zeros(2, 3, 16, 16), torch.tensor([0, 10]))}, ptq.CalibrationError, "has 10 classes"),
-        (None, {"report_on": "nowhere"}, ptq.CalibrationError, "neither a folder nor a file"),
-        (None, {"report_on": (torch.zeros(2, 3, 16, 16), torch.tensor([-1, 0]))}, ptq.CalibrationError, "class numbers"),
-        (None, {"restore": "nayer:stepp=3"}, ptq.PluginError, "did you mean"),
-        (None, {"training": "feed=stream", "data": "genie"}, SpecError, "makes a fixed set"),
-        (None, {"training": "epochs=0", "data": "gaussian"}, SpecError, "no images without epochs"),
-        (None, {"training": "epochs=two"}, ptq.PluginError, "not a valid int"),
-        (None, {"training": SHORT + ",lr=1e30"}, ReconstructionError, "diverged.*lower lr"),
-    ],
-)  # fmt: skip
-def test_what_is_refused(student, options, kind, says):
-    with pytest.raises(kind, match=says):
-        _distilled(student=student, **options)
-
-
-def test_batch_statistics_need_a_teacher_with_batch_norm():
-    with pytest.raises(ptq.PtqError, match="BatchNorm"):
-        ptq.distill(build("plain"), build("residual"), "gaussian", training=SHORT, **STATED)
-
-
-def test_a_student_that_gives_its_scores_in_a_dictionary():
-    x, y = _labelled()
-    made = _distilled(student=Named(), report_on=(x, y))
-    plain = _distilled(student=Named().body, report_on=(x, y)).student(x)
-    assert made.top1 is not None and torch.equal(made.student(x)["out"], plain)
-
-
-def test_a_width_of_training_that_codes_do_not_gain_from():
-    with pytest.raises(SpecError, match="bfloat16"):
-        ptq.distill_quantized(build("residual"), _quantized(), training=SHORT + ",precision=bfloat16")
-
-
-def test_images_that_nothing_is_restored_on():
-    """A student of "nayer" learns its own running statistics."""
-    with pytest.raises(SpecError, match="restore"):
-        ptq.distill(build("residual"), build("residual"), "nayer", restore="bn_stats", training=SHORT, **STATED)
-
-
-def test_restoring_on_images_that_the_teacher_cannot_give():
-    with pytest.raises(ptq.CalibrationError, match="'--restore auto'"):
-        ptq.distill(build("plain"), build("residual"), "gaussian", training=SHORT, **STATED)
-
-
-def test_a_quantized_network_and_its_teacher_belong_together():
-    qm = _quantized()
-    stranger = build("residual")
-    with torch.no_grad():
-        for p in stranger.parameters():
-            p.copy_(p[torch.randperm(len(p), generator=torch.Generator().manual_seed(1))].flip(-1))
-    with pytest.raises(ModelError, match="other weights"):
-        ptq.distill_quantized(stranger, qm, training=SHORT)
-    with pytest.raises(ModelError, match="no layer"):
-        ptq.distill_quantized(build("plain"), qm, training=SHORT)
-    with pytest.raises(SpecError, match="normalize by the batch"):
-        ptq.distill_quantized(build("residual"), qm, "gaussian:teacher_bn=batch", training=SHORT)
-    with pytest.raises(SpecError, match="equalized"):
-        ptq.distill_quantized(build("residual"), _quantized(repair="equalize"), training=SHORT)
+def test_images_that_are_held_need_no_further_networks():
+    qm = ptq.quantize(
+        build("residual"), "w4a4", images(8), rounding="nearest", teachers=[build("shared_relu")], **STATED
+    )
+    ptq.distill_quantized(build("residual"), qm, training=SHORT)
 
 
 def test_images_from_python_are_not_in_the_folder(tmp_path: Path):

@@ -64,9 +64,7 @@ def avg_pool(call: Call) -> list[Step]:
         if ceil:
             raise Unsupported("average pooling with divisor_override and ceil_mode")
         return [nn.AvgPool2d(kernel, stride, pads, False, any(pads)), MulConstant.of(kernel[0] * kernel[1] / divisor)]
-    if ceil and not _rounds_up(
-        call, kernel, stride, (0, 0) if counts_pads else pads, (pads if counts_pads else (0, 0))
-    ):
+    if ceil and not _rounds_up(call, kernel, stride, pads):
         raise Unsupported("average pooling whose size is rounded up along one side and down along the other")
     if ceil and counts_pads:  # torch counts padding but not what is beyond it, runtimes all or nothing: make it pixels
         (ph, pw) = pads
@@ -86,14 +84,9 @@ def max_pool(call: Call) -> list[Step]:
     return [nn.MaxPool2d(kernel, stride, pads, dilation, ceil_mode=ceil)]
 
 
-def _rounds_up(
-    call: Call, reach: tuple[int, ...], stride: tuple[int, ...], pads: tuple[int, ...], pixels: tuple[int, ...] = (0, 0)
-) -> bool:
-    """Whether a pool has as many windows as its size rounded up: torch leaves out one that would begin in the padding.
-
-    pixels: what is padded on either side before.
-    """
-    spans = [n + 2 * (p + q) - k for n, p, q, k in zip(call.shape[-2:], pads, pixels, reach)]
+def _rounds_up(call: Call, reach: tuple[int, ...], stride: tuple[int, ...], pads: tuple[int, ...]) -> bool:
+    """Whether a pool has as many windows as its size rounded up: torch leaves out one that would begin in the padding."""
+    spans = [n + 2 * p - k for n, p, k in zip(call.shape[-2:], pads, reach)]
     return tuple(-(-span // s) + 1 for span, s in zip(spans, stride)) == tuple(call.out[-2:])
 
 

@@ -64,7 +64,11 @@ def trace(model: nn.Module, input_shape: tuple[int, int, int]) -> fx.GraphModule
         ModelError: the network cannot be traced, does not accept the input, or holds an unknown operation that cannot stay in
             float either; the message names the line of its source.
     """
-    original = own_copy(model)
+    with torch.inference_mode(False):  # whose tensors do not tell whether they were written into
+        return _traced(own_copy(model), input_shape)
+
+
+def _traced(original: nn.Module, input_shape: tuple[int, int, int]) -> fx.GraphModule:
     gm = _symbolic(copy.deepcopy(original), input_shape)
     try:
         recorder = record(gm, input_shape)
