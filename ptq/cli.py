@@ -18,7 +18,7 @@ from ptq.artifact import QuantizedModel, check_free, check_written, read_plan, w
 from ptq.cli_distill import run_distill
 from ptq.cli_images import further, labelled, run_similarity, run_synthesize, sized
 from ptq.cli_options import build_parser
-from ptq.cli_output import Again, close, forget_progress, progress_folder, where_from, write_network
+from ptq.cli_output import Again, close, forget_progress, progress_folder, target_of, where_from, write_network
 from ptq.cli_sensitivity import run_sensitivity
 from ptq.distilling.course import Course
 from ptq.errors import ArtifactError, ExportError, PtqError, ReconstructionError, SpecError
@@ -116,7 +116,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
 def _quantize(args: argparse.Namespace) -> int:
     _settle(args)
     check_free(args.output, args.force)
-    target = None if args.target == "none" else plugins.build("exporters", args.target)
+    target = target_of(args)
     model = load_model(args.model, args.arch, trust_pickle=args.trust_pickle)
     console = plain_console(stderr=True)
     common: dict[str, Any] = {
@@ -189,7 +189,7 @@ def _baselines(
 def _inspect(args: argparse.Namespace) -> int:
     _settle(args)
     model = load_model(args.model, args.arch, trust_pickle=args.trust_pickle)
-    target = None if args.target in (None, "none") else plugins.build("exporters", args.target)
+    target = target_of(args)
     folded = fold_batch_norm(trace(model, args.input_shape))
     if args.plan is not None:
         if args.layers:
@@ -203,7 +203,7 @@ def _inspect(args: argparse.Namespace) -> int:
                 "and inspect it with --plan plan.json"
             )
         overrides = tuple(Override.parse(text) for text in args.layers)
-        placed = {} if target is None else dict(target.rules)
+        placed: dict[str, Any] = {} if target is None else dict(target.rules)
         placed |= {k: v for k in ("placement", "ties") if (v := getattr(args, k)) != "auto"}
         rules = PlanRules(args.edges, args.adds, args.weights, args.activations, args.scales, overrides, **placed)
         plan = make_plan(folded, BitConfig.parse(args.bits), rules)

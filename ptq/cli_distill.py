@@ -14,22 +14,21 @@ from torch import nn
 from ptq import plugins
 from ptq.artifact import MANIFEST, QuantizedModel, check_free, whole_folder
 from ptq.cli_images import further, labelled, sized
-from ptq.cli_output import Again, close, forget_progress, progress_folder, where_from, write_network
-from ptq.contracts import Feedback
+from ptq.cli_output import Again, close, forget_progress, progress_folder, target_of, where_from, write_network
+from ptq.contracts import Exporter, Feedback
 from ptq.distillation import Distilled, distill, distill_quantized
 from ptq.distilling.course import Course
 from ptq.errors import ExportError, SpecError
 from ptq.evaluate import runner
 from ptq.graph.fold_bn import fold_batch_norm
-from ptq.graph.plan import make_plan
 from ptq.graph.trace import trace
 from ptq.loading import fresh_model, load_model
-from ptq.mixed_precision import check_budget
+from ptq.mixed_precision import first_plan
 from ptq.pictures import Pictures
 from ptq.pipeline import check_fisher, quantize
 from ptq.report import Section, course_sections, print_sections
 from ptq.request import read_bits
-from ptq.spec import BitConfig, Budget, PlanRules
+from ptq.spec import PlanRules
 from ptq.terminal import plain_console, shown
 
 STUDENT, FACTS = "student.pt", "distillation.json"
@@ -83,7 +82,7 @@ def _quantized(args: argparse.Namespace, console: Console) -> None:
         raise SpecError("-n is given without --data; the folder's own images are as many as they are")
     qm = QuantizedModel.load(args.folder)
     model = _teacher_of(args, qm)
-    target = None if args.target == "none" else plugins.build("exporters", args.target)
+    target = target_of(args)
     if target is not None:
         target.check(qm.student, qm.plan)
     pictures = labelled(args.report_on, args, qm.manifest.input_shape, qm.manifest.mean, qm.manifest.std)
@@ -129,17 +128,14 @@ def _teacher_of(args: argparse.Namespace, qm: QuantizedModel) -> nn.Module:
     return load_model(path, args.arch, trust_pickle=args.trust_pickle)
 
 
-def _check_then(args: argparse.Namespace, student: nn.Module) -> None:
+def _check_then(args: argparse.Namespace, student: nn.Module, target: Exporter | None) -> None:
     """Raises what quantizing the student would, before it is trained."""
-    wanted = read_bits(args.then)
     method = plugins.build("reconstructors", args.rounding or "nearest")
-    target = None if args.target == "none" else plugins.build("exporters", args.target)
-    rules = PlanRules(**({} if target is None else target.rules))
+    placed: dict[str, Any] = {} if target is None else dict(target.rules)
+    rules = PlanRules(**placed)
     folded = fold_batch_norm(trace(student, tuple(args.input_shape)))
     check_fisher(method, folded)
-    if isinstance(wanted, Budget):
-        check_budget(folded, wanted, rules)
-    plan = make_plan(folded, BitConfig(8, wanted.act) if isinstance(wanted, Budget) else wanted, rules)
+    plan = first_plan(folded, read_bits(args.then), rules)
     if target is not None:
         try:
             target.check(folded, plan)
@@ -159,8 +155,7 @@ def _student(args: argparse.Namespace, console: Console) -> None:
     if args.then is None and args.rounding is not None:
         raise SpecError("--rounding is given without --then; it says how the student is quantized")
     check_free(args.output, args.force)
-    if args.target != "none":
-        plugins.build("exporters", args.target)
+    target = target_of(args)
     seed, arch = args.seed or 0, args.student_arch or args.arch
     model = load_model(args.teacher, args.arch, trust_pickle=args.trust_pickle)
     student = (
@@ -169,7 +164,7 @@ def _student(args: argparse.Namespace, console: Console) -> None:
         else load_model(args.student, arch, trust_pickle=args.trust_pickle)
     )
     if args.then is not None:
-        _check_then(args, student)
+        _check_then(args, student, target)
     pictures = labelled(args.report_on, args, args.input_shape, args.mean, args.std)
     stated = {"input_shape": args.input_shape, "mean": args.mean, "std": args.std, "seed": seed}
     more = {} if args.restore is None else {"restore": args.restore}
@@ -207,7 +202,7 @@ def _write_student(
         return
     origin = where_from(args.output / STUDENT, args.student_arch or args.arch)
     qm = replace(qm, manifest=replace(qm.manifest, recipe=qm.manifest.recipe | origin))
-    target = None if args.target == "none" else plugins.build("exporters", args.target)
+    target = target_of(args)
     floats = {"teacher": runner(model, _CPU), "student, float": runner(found.student, _CPU)}
     runs = {**floats, "student": runner(qm.graph, _CPU)} if pictures is not None else {}
     qm, tables = write_network(qm, found.student, args.output, args.force, target, pictures, runs, write_more)

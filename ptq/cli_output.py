@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from ptq import plugins
 from ptq.artifact import QuantizedModel, integer_bytes, whole_folder
 from ptq.contracts import CalibrationContext, Exporter, Presets
 from ptq.errors import ExportError
@@ -42,6 +43,11 @@ class Again:
 def where_from(model: Path, arch: str | None) -> dict[str, Any]:
     """What a recipe says of the float network's file, as it was named; `ptq distill` looks there for the teacher."""
     return {"model": str(model), "arch": arch}
+
+
+def target_of(args: argparse.Namespace) -> Exporter | None:
+    """The exporter of `--target`, or None where it says none."""
+    return None if args.target in (None, "none") else plugins.build("exporters", args.target)
 
 
 def progress_folder(args: argparse.Namespace) -> Path:

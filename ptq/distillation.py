@@ -191,16 +191,13 @@ def distill_quantized(
     """
     manifest = qm.manifest
     seed = int(manifest.recipe.get("seed", 0)) if seed is None else seed
-    if data is None:
-        data, further = data_of(qm), int(manifest.recipe.get("further_teachers", 0))
-        again = isinstance(data, str) and not data.startswith("images")  # they are made once more
-        if again and further != len(teachers):
-            raise SpecError(
-                f"this network's images suit {further} further networks, {len(teachers)} given; name as many (teachers=, --with), "
-                "or data"
-            )
+    own, data = data is None, data_of(qm) if data is None else data
     run = start_run(manifest.input_shape, device, seed, manifest.mean, manifest.std, feedback, cache)
-    source = build_source(data, effort)
+    source, further = build_source(data, effort), int(manifest.recipe.get("further_teachers", 0))
+    if own and getattr(source, "synthetic", False) and further != len(teachers):  # they are made once more
+        raise SpecError(
+            f"this network's images suit {further} further networks, {len(teachers)} given; name as many (teachers=, --with), or data"
+        )
     networks = run.timed("trace", trace_all, model, teachers, run)
     folded = fold_batch_norm(networks[0])
     check_pair(qm, folded)

@@ -223,6 +223,18 @@ def check_budget(folded: fx.GraphModule, budget: Budget, rules: PlanRules) -> No
     choose_widths(folded, plan, fixed, dict.fromkeys(plan.weights, any_width), acts, budget)
 
 
+def first_plan(folded: fx.GraphModule, wanted: BitConfig | Budget, rules: PlanRules) -> QuantPlan:
+    """The plan by the rules; of a budget, with all widths at 8 bits until there are images to choose by.
+
+    Raises:
+        SpecError: not even the narrowest widths meet the budget, or an override matches no layer.
+    """
+    if not isinstance(wanted, Budget):
+        return make_plan(folded, wanted, rules)
+    check_budget(folded, wanted, rules)
+    return make_plan(folded, BitConfig(8, wanted.act), rules)
+
+
 @dataclass(frozen=True, slots=True)
 class BitSensitivity:
     """costs: what each width costs in each place. plan: the one that meets the budget, where one was given; bytes: of its

@@ -23,8 +23,8 @@ from ptq.graph.float_region import float_remainders
 from ptq.graph.fold_bn import fold_batch_norm, fold_error, give_biases, unfolded
 from ptq.graph.insert import insert_fake_quant
 from ptq.graph.observe import weight_params
-from ptq.graph.plan import QuantPlan, make_plan
-from ptq.mixed_precision import check_budget, plan_within
+from ptq.graph.plan import QuantPlan
+from ptq.mixed_precision import first_plan, plan_within
 from ptq.reconstruct._loop import BlockReport, reconstruct_blocks
 from ptq.reconstruct._repair import mend
 from ptq.request import Request, resolve
@@ -168,11 +168,8 @@ def _common(run: Run) -> dict[str, Any]:
 
 def _planned(folded: fx.GraphModule, asked: Request) -> QuantPlan:
     """The plan: as given, or by the rules. Of a budget, with all widths at 8 bits until there are images to choose by."""
-    if isinstance(asked.wanted, Budget):
-        check_budget(folded, asked.wanted, asked.rules)
-        planned = make_plan(folded, BitConfig(8, asked.wanted.act), asked.rules)
-    elif asked.wanted is not None:
-        planned = make_plan(folded, asked.wanted, asked.rules)
+    if asked.wanted is not None:
+        planned = first_plan(folded, asked.wanted, asked.rules)
     else:
         assert asked.plan is not None
         planned = asked.plan if isinstance(asked.plan, QuantPlan) else read_plan(Path(asked.plan))

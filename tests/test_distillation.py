@@ -275,7 +275,9 @@ def test_images_that_are_held_need_no_further_networks():
     qm = ptq.quantize(
         build("residual"), "w4a4", images(8), rounding="nearest", teachers=[build("shared_relu")], **STATED
     )
-    ptq.distill_quantized(build("residual"), qm, training=SHORT)
+    made = ptq.distill_quantized(build("residual"), qm, training=SHORT)
+    assert made.images is not None and qm.images is not None and torch.equal(made.images, qm.images)
+    assert made.manifest.recipe["distill_further_teachers"] == 0
 
 
 def test_images_from_python_are_not_in_the_folder(tmp_path: Path):

@@ -57,15 +57,12 @@ def avg_pool(call: Call) -> list[Step]:
     _refuse_tokens(call)
     kernel = pair(call.get(1, "kernel_size"))
     stride, pads = pair(call.get(2, "stride") or kernel), pair(call.get(3, "padding", 0))
-    floor = tuple((size + 2 * p - k) // s + 1 for size, p, k, s in zip(call.shape[-2:], pads, kernel, stride))
-    ceil = bool(call.get(4, "ceil_mode", False)) and floor != tuple(call.out[-2:])
+    ceil = bool(call.get(4, "ceil_mode", False)) and _rounded_up(call, kernel, stride, pads)
     counts_pads, divisor = bool(call.get(5, "count_include_pad", True)) and any(pads), call.get(6, "divisor_override")
     if divisor is not None:
         if ceil:
             raise Unsupported("average pooling with divisor_override and ceil_mode")
         return [nn.AvgPool2d(kernel, stride, pads, False, any(pads)), MulConstant.of(kernel[0] * kernel[1] / divisor)]
-    if ceil and not _rounds_up(call, kernel, stride, pads):
-        raise Unsupported("average pooling whose size is rounded up along one side and down along the other")
     if ceil and counts_pads:  # torch counts padding but not what is beyond it, runtimes all or nothing: make it pixels
         (ph, pw) = pads
         return [Pad((pw, pw, ph, ph)), nn.AvgPool2d(kernel, stride, 0, True, False)]
@@ -77,17 +74,22 @@ def max_pool(call: Call) -> list[Step]:
     kernel, dilation = pair(call.get(1, "kernel_size")), pair(call.get(4, "dilation", 1))
     stride, pads = pair(call.get(2, "stride") or kernel), pair(call.get(3, "padding", 0))
     reach = tuple(d * (k - 1) + 1 for k, d in zip(kernel, dilation))
-    floor = tuple((size + 2 * p - k) // s + 1 for size, p, k, s in zip(call.shape[-2:], pads, reach, stride))
-    ceil = bool(call.get(5, "ceil_mode", False)) and floor != tuple(call.out[-2:])
-    if ceil and not _rounds_up(call, reach, stride, pads):
-        raise Unsupported("max pooling whose size is rounded up along one side and down along the other")
+    ceil = bool(call.get(5, "ceil_mode", False)) and _rounded_up(call, reach, stride, pads)
     return [nn.MaxPool2d(kernel, stride, pads, dilation, ceil_mode=ceil)]
 
 
-def _rounds_up(call: Call, reach: tuple[int, ...], stride: tuple[int, ...], pads: tuple[int, ...]) -> bool:
-    """Whether a pool has as many windows as its size rounded up: torch leaves out one that would begin in the padding."""
-    spans = [n + 2 * p - k for n, p, k in zip(call.shape[-2:], pads, reach)]
-    return tuple(-(-span // s) + 1 for span, s in zip(spans, stride)) == tuple(call.out[-2:])
+def _rounded_up(call: Call, reach: tuple[int, ...], stride: tuple[int, ...], pads: tuple[int, ...]) -> bool:
+    """Whether a pool has more windows than its size rounded down.
+
+    Raises:
+        Unsupported: along one side only. Torch leaves out a last window that would begin in the padding, runtimes do not.
+    """
+    spans, out = [n + 2 * p - k for n, p, k in zip(call.shape[-2:], pads, reach)], tuple(call.out[-2:])
+    if tuple(span // s + 1 for span, s in zip(spans, stride)) == out:
+        return False
+    if tuple(-(-span // s) + 1 for span, s in zip(spans, stride)) != out:
+        raise Unsupported("pooling whose size is rounded up along one side and down along the other")
+    return True
 
 
 def pad(call: Call) -> list[Step]:

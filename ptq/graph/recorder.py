@@ -48,14 +48,13 @@ class Recorder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         sources = n.all_input_nodes
         first = self.env[sources[0]] if sources else None
-        before = first._version if isinstance(first, Tensor) else None
+        before = getattr(first, "_version", None)
         recorded = fx.node.map_arg((n.args, n.kwargs), self._argument)  # pyright: ignore[reportAttributeAccessIssue]
         result = super().run_node(n)
         if n.op not in ("placeholder", "output") and all(m in self.constants for m in sources):
             self.constants[n] = result
         self.calls[n] = (*recorded, shapes_only(result))  # type: ignore[misc]
-        written = isinstance(first, Tensor) and first._version != before
-        if sources and first is result and not written:
+        if sources and first is result and getattr(first, "_version", None) == before:  # not written into
             self.same.add(n)
         return result
 

@@ -158,7 +158,7 @@ def test_kinds_of_batch_norm_that_stay(options: dict):
 NAMES = {
     "a node": ("name", "x=__import__('os').system('exit')"),
     "a node that is no identifier": ("name", "x y"),
-    "a value outside the folder": ("value", "/tmp/outside"),
+    "a value outside the folder": ("value", "/outside"),
     "a value above the folder": ("value", "../outside"),
     "a module": ("path", '__doc__") or print(1) or getattr(self, "conv1'),
     "a module over two lines": ("path", "conv1\nimport os"),
