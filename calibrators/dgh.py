@@ -133,7 +133,7 @@ class _Run:
         self.sizes = [max(size, 2) for size in ctx.sizes()] if len(ctx.sizes()) == 1 else ctx.sizes()
         self.space: Space = pixel_space(ctx)
         channels, height, width = ctx.input_shape
-        self.pad = max(1, round(options.margin * max(height, width) / 2))
+        self.pad = max(1, round(options.margin * max(height, width) / 2)) if options.margin else 0
         larger = (channels, height + 2 * self.pad, width + 2 * self.pad)
         self.set = _ImageSet(options, self.sizes, larger, self.space, ctx.rng)
         self.count = StepCount(ctx, options.steps, len(self.sizes))

@@ -1,7 +1,7 @@
 """NAYER: a generator fed by label embeddings through a noisy layer, which is drawn anew each round.
 
     x = G(Z(e_y)),   Z = Linear(BatchNorm(e_y)) drawn from N(0, 0.02²)
-    min over G, Z of   α_cls CE(T(x), y) + α_bn Σ_l (‖m_l - μ_l‖ + ‖s_l² - σ_l²‖) - α_adv KL(S(x) ‖ T(x))
+    min over G, Z of   α_cls CE(T(x), y) + α_bn Σ_l (‖m_l - μ_l‖ + ‖s_l² - σ_l²‖) - α_adv KL(T(x) ‖ S(x))
 
 Ref: Tran et al., NAYER: Noisy Layer Data Generation, CVPR 2024, §3, algorithm 1, eq. 5, tables 6-8.
 """
@@ -83,6 +83,10 @@ class Nayer:
     )  # fmt: skip
 
     def __post_init__(self) -> None:
+        if self.pad < 0 or not 0 <= self.momentum < 1:
+            raise CalibrationError(
+                f"pad={self.pad}, momentum={self.momentum} given; pad is at least 0, momentum at least 0 and below 1"
+            )
         if not 0 <= self.warmup < self.reset:
             raise CalibrationError(
                 f"reset={self.reset}, warmup={self.warmup} given; warmup is at least 0 and below reset"
@@ -196,5 +200,5 @@ class _Run:
         logits, theirs = outputs[0], self.ctx.student(x)
         # Only images on which both agree: where they do not, the student has something to learn already.
         agree = (theirs.argmax(1) == logits.argmax(1)).float()
-        kl = F.kl_div(F.log_softmax(logits, 1), F.log_softmax(theirs, 1), reduction="none", log_target=True).sum(1)
+        kl = F.kl_div(F.log_softmax(theirs, 1), F.log_softmax(logits, 1), reduction="none", log_target=True).sum(1)
         return loss - o.a_adv * (agree * kl).mean()

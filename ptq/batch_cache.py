@@ -57,6 +57,15 @@ class BatchCache:
             with suppress(OSError):
                 partial.unlink()
 
+    def has(self, index: int) -> bool:
+        """Whether a batch was kept, be it damaged or not."""
+        return self._file(index).exists()
+
+    def drop(self, index: int) -> None:
+        """Forgets a batch, where it was there."""
+        with suppress(OSError):
+            self._file(index).unlink()
+
     def _file(self, index: int) -> Path:
         return self.folder / f"{index:05}.pt"
 

@@ -4,8 +4,11 @@ import argparse
 import copy
 import json
 import logging
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,27 +52,54 @@ _OF_A_PLAN = ("bits", "weights", "activations", "scales", "edges", "adds", "plac
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command. Exit status: 0; 2 for a usage error or bad input; 1 where the work itself failed; 130 interrupted."""
+    """Runs a command.
+
+    Exit status: 0; 2 for a usage error or bad input; 1 where the work itself failed; 130 interrupted; 143 stopped by SIGTERM.
+    """
     args = build_parser(_COMMANDS).parse_args(argv)
     logging.basicConfig(level=logging.INFO if args.debug else logging.WARNING, format="%(name)s: %(message)s")
     try:
-        return args.run(args)
+        with _stoppable():
+            return args.run(args)
     except PtqError as e:
         if args.debug:
             raise
         print(f"ptq: {' '.join(str(e).split())}", file=sys.stderr)
         return 1 if isinstance(e, ExportError | ReconstructionError) else 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
+        told = isinstance(e, _Stopped)
         print(
-            "ptq: interrupted; no output was written; a run that keeps its progress goes on by the same command",
+            f"ptq: {'told to stop' if told else 'interrupted'}; no output was written; "
+            "a run that keeps its progress goes on by the same command",
             file=sys.stderr,
         )
-        return 130
+        return 143 if told else 130
     except Exception as e:  # the last resort: one line for the user, the traceback on request
         if args.debug:
             raise
         print(f"ptq: {type(e).__name__}: {' '.join(str(e).split())[:500]}; --debug shows where", file=sys.stderr)
         return 1
+
+
+class _Stopped(KeyboardInterrupt):
+    """SIGTERM, by which batch systems and containers end a program: it unwinds as Ctrl-C does."""
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Within it, SIGTERM raises `_Stopped`, so that unfinished files are removed. Only the main thread can receive signals."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise _Stopped
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def _settle(args: argparse.Namespace) -> None:
@@ -105,6 +135,10 @@ def _read_recipe(path: Path) -> dict[str, Any]:
             raise SpecError(
                 f"{path} is of a network that 'ptq distill' trained further: repeat the recipe of the folder it was made from, "
                 "then run ptq distill on the result"
+            )
+        if "student" in manifest["recipe"]:
+            raise SpecError(
+                f"{path} is of a student that 'ptq distill --then' quantized, on images made from its teacher: repeat that command"
             )
         found = {name: manifest["recipe"].get(name, default) for name, default in _RECIPE.items()}
         found["further_teachers"] = manifest["recipe"].get("further_teachers", 0)

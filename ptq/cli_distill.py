@@ -156,6 +156,8 @@ def _student(args: argparse.Namespace, console: Console) -> None:
         raise SpecError("--rounding is given without --then; it says how the student is quantized")
     check_free(args.output, args.force)
     target = target_of(args)
+    if args.then is None and args.target not in ("onnx_qdq", "none"):
+        raise SpecError("--target is given without --then; a float student is written for no runtime")
     seed, arch = args.seed or 0, args.student_arch or args.arch
     model = load_model(args.teacher, args.arch, trust_pickle=args.trust_pickle)
     student = (

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ptq.batch_cache import BatchCache
+from ptq.errors import CalibrationError
 from ptq.graph.plan import QuantPlan
 
 if TYPE_CHECKING:
@@ -159,18 +160,32 @@ class CalibrationContext:
 
         Args:
             state: name → what has `state_dict` and `load_state_dict` and is carried from one batch to the next: kept
-                with the batch and restored with it.
+                beside the batch and restored with it; of the latest two batches only, for it may be large.
+
+        Raises:
+            CalibrationError: the cache is damaged, or cannot be written.
         """
         state = state or {}
         if self.carry is not None and not self.carry.reach(index, state):
             return torch.empty(0, *self.input_shape)
-        if self.cache is not None and (found := self.cache.read(index)) is not None:
-            for name, part in state.items():
-                part.load_state_dict(found[1][name])
+        if self.cache is None:
+            return make(self.rng_of(index))
+        states, found = self.cache.within("state"), self.cache.read(index)
+        if found is not None:
+            if state and states.has(index):
+                kept = states.read(index)
+                if kept is None:
+                    raise CalibrationError(f"{states.folder} is damaged; delete {self.cache.folder}")
+                for name, part in state.items():
+                    part.load_state_dict(kept[1][name])
             return found[0].to(self.device)
+        if state and index and not states.has(index - 1):
+            raise CalibrationError(f"batch {index} in {self.cache.folder} is damaged; delete that folder")
         images = make(self.rng_of(index))
-        if self.cache is not None:
-            self.cache.write(index, images.cpu(), {name: part.state_dict() for name, part in state.items()})
+        if state:
+            states.write(index, torch.empty(0), {name: part.state_dict() for name, part in state.items()})
+            states.drop(index - 2)
+        self.cache.write(index, images.cpu(), {})
         return images
 
 

@@ -70,6 +70,7 @@ class Distilled:
     notes: tuple[str, ...]
 
 
+@torch.inference_mode(False)  # within which callers may be: nothing could be trained there
 def distill(
     model: nn.Module,
     student: nn.Module,
@@ -164,6 +165,7 @@ def _restored(student: nn.Module, source: Any, networks: tuple[fx.GraphModule, .
     return images
 
 
+@torch.inference_mode(False)  # within which callers may be: nothing could be trained there
 def distill_quantized(
     model: nn.Module,
     qm: QuantizedModel,
@@ -192,6 +194,7 @@ def distill_quantized(
     manifest = qm.manifest
     seed = int(manifest.recipe.get("seed", 0)) if seed is None else seed
     own, data = data is None, data_of(qm) if data is None else data
+    told = manifest.recipe.get("data") if own else None  # what images that it holds were
     run = start_run(manifest.input_shape, device, seed, manifest.mean, manifest.std, feedback, cache)
     source, further = build_source(data, effort), int(manifest.recipe.get("further_teachers", 0))
     if own and getattr(source, "synthetic", False) and further != len(teachers):  # they are made once more
@@ -218,7 +221,7 @@ def distill_quantized(
         "calibration_images": len(images), "beside": "before distillation",
     }  # fmt: skip
     added = {
-        "distill": plugins.describe_options(how), "distill_data": describe_data(source), "distill_seed": seed,
+        "distill": plugins.describe_options(how), "distill_data": told or describe_data(source), "distill_seed": seed,
         "distill_further_teachers": len(teachers),
     }  # fmt: skip
     graph = graph.to("cpu")

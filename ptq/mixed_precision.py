@@ -246,6 +246,7 @@ class BitSensitivity:
     bops: float = 0.0
 
 
+@torch.inference_mode(False)  # within which callers may be: nothing could be trained there
 def bit_sensitivity(
     model: nn.Module,
     data: Data = "auto",

@@ -29,7 +29,7 @@ from ptq.reconstruct._loop import BlockReport, reconstruct_blocks
 from ptq.reconstruct._repair import mend
 from ptq.request import Request, resolve
 from ptq.run import Run, floats, start_run
-from ptq.sources import Data, describe_data, gather, settle_source, trace_all
+from ptq.sources import Data, describe_asked, gather, settle_source, trace_all
 from ptq.spec import BitConfig, Budget, Override, Repair
 from ptq.training import Training
 from ptq.training_setup import Labelled, classes_of, open_labelled
@@ -38,6 +38,7 @@ _FOLD_TOLERANCE = 1e-5  # relative; folding in float64 costs one rounding of eac
 _EQUAL_TOLERANCE = 1e-3  # likewise; equalized channels differ by orders of magnitude in what they round
 
 
+@torch.inference_mode(False)  # within which callers may be: nothing could be trained there
 def quantize(
     model: nn.Module,
     bits: str | BitConfig | Budget = "w8a8",
@@ -145,7 +146,7 @@ def quantize(
         metrics["course"] = course.to_json()
     metrics |= run.timed("comparison", _compare, networks[0], student, graph, images, run)
     recipe = asked.recipe() | {
-        "data": describe_data(images_from), "distill": None if how is None else plugins.describe_options(how),
+        "data": describe_asked(data, images_from, effort), "distill": None if how is None else plugins.describe_options(how),
         "seed": seed, "device": str(device), "further_teachers": len(teachers),
     }  # fmt: skip
     manifest = Manifest(

@@ -26,8 +26,12 @@ _PACKAGES: dict[Kind, str] = {
 }  # fmt: skip
 
 # Options of any plug-in that no sign turns into something useful, beside rates, lr_…; of these, shares.
-_NOT_NEGATIVE = ("lr", "drop", "warmup", "penalty", "scale_step")
+_NOT_NEGATIVE = (
+    "lr", "least_lr", "drop", "warmup", "penalty", "scale_step", "smoothness", "decay", "patience", "margin",
+)  # fmt: skip
 _AT_MOST = {"drop": 1}
+_NEXT = r",(?=\s*\w+\s*=)"  # between two options
+_THEN = r"training\s*=\s*\((.*)\)"
 _POSITIVE = (("latent", 1), ("memory_latent", 1), ("decay_every", 1))
 
 
@@ -64,7 +68,7 @@ def build(kind: Kind, text: str, effort: str = "full", *, training: bool = False
     """The options object that `text` describes: a name, then options after a colon.
 
     "genie", "genie:steps=500,count=256", "images:photos/". The preset of `effort` applies to what the text leaves open, or,
-    where a student is trained, what the plug-in says of that.
+    where a student is trained, what the plug-in says of that. Options for then alone: "nayer:count=256,training=(steps=30)".
 
     Raises:
         PluginError: unknown name, unknown option, or a value that does not fit the option.
@@ -72,8 +76,9 @@ def build(kind: Kind, text: str, effort: str = "full", *, training: bool = False
     name, _, rest = text.partition(":")
     name, given = _alias(kind, name.strip())
     cls = load(kind, name)
+    rest, then = _apart(rest)
     options = dict(cls.presets.get(effort, {})) | (getattr(cls, "in_training", {}) if training else {}) | given
-    options |= read_options(cls, name, rest, effort)
+    options |= read_options(cls, name, rest, effort) | read_options(cls, name, then if training else "", effort)
     for key, least in (("count", 1), ("batch_size", 1), ("steps", 1 if kind == "calibrators" else 0), *_POSITIVE):
         if options.get(key, least) < least:
             raise PluginError(f"option {key}={options[key]} of {name}: at least {least} is needed")
@@ -99,11 +104,21 @@ def read_options(cls: type, name: str, text: str, effort: str = "full") -> dict[
         PluginError: an option that it does not have, or a value that does not fit.
     """
     found = {}
-    for item in filter(None, (part.strip() for part in _split(text, r",(?=\s*\w+\s*=)"))):
+    for item in filter(None, (part.strip() for part in _split(text, _NEXT))):
         match = re.match(r"(\w+)\s*=", item)
         key, raw = (match[1], item[match.end() :]) if match else (getattr(cls, "positional", ""), item)
         found[key] = _parse(cls, name, key, raw.strip(), effort)
     return found
+
+
+def _apart(text: str) -> tuple[str, str]:
+    """Options, and those within training=( … )."""
+    parts = _split(text, _NEXT)
+    found = [re.fullmatch(_THEN, part.strip()) for part in parts]
+    return (
+        ",".join(part for part, then in zip(parts, found) if not then),
+        ",".join(then[1] for then in found if then),
+    )
 
 
 def _alias(kind: Kind, name: str) -> tuple[str, dict[str, Any]]:

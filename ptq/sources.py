@@ -1,7 +1,7 @@
 """Calibration images of a run: which source, from which networks, gathered and checked."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ class Synthesis:
     notes: tuple[str, ...]
 
 
+@torch.inference_mode(False)  # within which callers may be: nothing could be trained there
 def synthesize(
     model: nn.Module,
     data: str | Calibrator = "auto",
@@ -76,9 +77,10 @@ def synthesize(
     images = run.timed("synthesis", gather, source, networks, run)
     steps = tuple((step, float(value)) for step, value in curve)
     clipped = sum(run.clipped) / max(1, len(run.clipped))
-    return Synthesis(images, plugins.describe(source), steps, clipped, run.seconds["synthesis"], tuple(run.notes))
+    return Synthesis(images, describe_data(source), steps, clipped, run.seconds["synthesis"], tuple(run.notes))
 
 
+@torch.inference_mode(False)  # within which callers may be: nothing could be trained there
 def data_similarity(
     model: nn.Module,
     data: Data,
@@ -111,7 +113,7 @@ def data_similarity(
     normalized = run.std is not None and of_a_data_set(run.std)
     # What is given is measured as it is; what a source makes, as it would be used: with valid pixels only.
     batches = batches_of(source, networks, run, clip=getattr(source, "synthetic", False))
-    total = getattr(source, "count", 0)
+    total = source.count if hasattr(source, "batches") else 0
     return similarity(
         networks[0], batches, device=run.device, normalized=normalized, total=total, feedback=run.feedback
     )
@@ -136,8 +138,9 @@ def build_source(data: Data, effort: str, *, training: bool = False) -> Any:
 
 def _files(source: Any) -> list[Path]:
     """What a source reads, and each of its sources where it mixes some."""
-    parts = getattr(source, "sources", (source,))
-    return [v for part in parts for v in getattr(part, "__dict__", {}).values() if isinstance(v, Path)]
+    parts = [part for part in getattr(source, "sources", (source,)) if _has_options(part)]
+    named = [(getattr(part, f.name), str(f.type)) for part in parts for f in fields(part)]
+    return [Path(v) for v, kind in named if isinstance(v, Path) or (isinstance(v, str) and "Path" in kind)]
 
 
 def trace_all(model: nn.Module, teachers: Sequence[nn.Module], run: Run) -> tuple[fx.GraphModule, ...]:
@@ -196,8 +199,25 @@ def _refusal(name: str, missing: str, has: set[str], option: str) -> str:
 
 
 def describe_data(source: Any) -> str:
-    """A source as its options name it."""
-    return plugins.describe(source) if hasattr(source, "batches") else "tensors given from Python"
+    """A source as its options name it; what somebody brings as an object without options is known by its images alone."""
+    return plugins.describe(source) if _has_options(source) else "tensors given from Python"
+
+
+def _has_options(source: Any) -> bool:
+    return hasattr(source, "batches") and is_dataclass(source)
+
+
+def describe_asked(data: Data, source: Any, effort: str) -> str:
+    """A source as its options name it, and what they are where a student is trained, if not the same: it can be built from this.
+
+    data: as it was asked for. source: what that is.
+    """
+    text, own = describe_data(source), getattr(source, "in_training", {})
+    if not own or not isinstance(data, str):
+        return text
+    trainer = build_source(data, effort, training=True)
+    then = [f"{name}={getattr(trainer, name)}" for name in own if getattr(trainer, name) != getattr(source, name)]
+    return f"{text},training=({','.join(then)})" if then else text
 
 
 def gather(source: Any, networks: tuple[fx.GraphModule, ...], run: Run) -> Tensor:
@@ -235,7 +255,8 @@ def batches_of(
 
 
 def _context(source: Any, networks: tuple[fx.GraphModule, ...], run: Run) -> CalibrationContext:
-    cache = None if run.cache is None else open_cache(run.cache, networks, settings(source, run))
+    root = run.cache if _has_options(source) else None  # nothing tells others' images apart
+    cache = None if root is None else open_cache(root, networks, settings(source, run))
     return CalibrationContext(
         networks[0], run.shape, run.mean, run.std, source.count, source.batch_size, run.device,
         make_rng(run.seed, "calibration"), run.stage_feedback, networks[1:], cache=cache,
@@ -246,7 +267,7 @@ def settings(source: Any, run: Run) -> dict[str, Any]:
     """All that images depend on, besides the networks."""
     read = [file_sum(file) for file in _files(source) if file.is_file()]
     return {
-        "source": plugins.describe(source), "files": read, "seed": run.seed, "shape": run.shape, "device": run.device.type,
+        "source": describe_data(source), "files": read, "seed": run.seed, "shape": run.shape, "device": run.device.type,
         "mean": floats(run.mean), "std": floats(run.std), "ptq": version("ptq"),
     }  # fmt: skip
 

@@ -1,7 +1,7 @@
 """How a training is put together: its options, where images come from, what is kept and what is told."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from ptq.contracts import Carry, Feedback, make_rng
 from ptq.distilling.feed import Feed, FromPool, FromSet, FromStream, Source
 from ptq.distilling.loop import Forward
 from ptq.distilling.statistics import under_batch_statistics
-from ptq.errors import ModelError, SpecError
+from ptq.errors import CalibrationError, ModelError, PluginError, SpecError
 from ptq.evaluate import check_labels, runner, top1
 from ptq.graph.network_checks import own_copy
 from ptq.graph.ops import output_node, values_of
@@ -113,11 +113,22 @@ def _opened(source: Any, networks: tuple[fx.GraphModule, ...], run: Run, size: i
         if carry is None:
             return batches_of(sized, networks, run, clip=clip)
         return batches_of(
-            sized, networks, run, clip=clip, student=student, carry=carry, cache=None,
+            sized, networks, run, clip=clip, student=None if student is None else _Scores(student), carry=carry, cache=None,
             rng=make_rng(run.seed, "in training"), feedback=Feedback(note=run.note),
         )  # fmt: skip
 
     return opened
+
+
+class _Scores(nn.Module):
+    """A student as sources see it: images → scores, also where it gives them by name."""
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(self, x: Tensor) -> Tensor:
+        return tensors_of(self.student(x))[0]
 
 
 def kept_state(
@@ -132,9 +143,8 @@ def kept_state(
         return None
     told: dict[str, Any] = {"training": plugins.describe_options(how), "student": trained, "seed": run.seed}
     told["reported"] = None if labelled is None else labelled.digest()
-    if images is None:
-        told |= settings(source, run)
-    else:
+    told |= settings(source, run)
+    if images is not None:
         told["images"] = digest_of(images)
     return open_cache(run.cache, networks, told).within("training")
 
@@ -188,8 +198,8 @@ def open_labelled(given: Labelled | None, run: Run, classes: int | None = None) 
         return None
     if isinstance(given, Pictures):
         pictures = given
-    elif isinstance(given, tuple):
-        pictures = Pictures(given[0].float().numpy(), given[1], run.shape, run.mean, run.std)
+    elif isinstance(given, tuple | list):
+        pictures = _pictures_of(given, run)
     else:
         pictures = open_pictures(Path(given), run.shape, run.mean, run.std)
     pictures.read(torch.tensor([0]))
@@ -199,6 +209,23 @@ def open_labelled(given: Labelled | None, run: Run, classes: int | None = None) 
     found = pictures.source
     mixed = [found[i] for i in order.tolist()] if isinstance(found, list) else found[order.numpy()]
     return replace(pictures, source=mixed, labels=pictures.labels[order])
+
+
+def _pictures_of(given: Sequence[Any], run: Run) -> Pictures:
+    """(images, labels), as tensors or arrays: images [N, …], labels [N]."""
+    try:
+        images, labels = (torch.as_tensor(part).detach().cpu() for part in given)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise CalibrationError(
+            f"labelled pictures are (images, labels), two tensors or arrays; found otherwise: {e}"
+        ) from e
+    if images.ndim != 4 or labels.shape != images.shape[:1] or not len(images) or labels.is_floating_point():
+        raise CalibrationError(
+            f"images of shape {tuple(images.shape)} and labels {labels.dtype} of shape {tuple(labels.shape)} found; "
+            "to report on, there are [N, C, H, W] and class numbers [N], N at least 1"
+        )
+    pixels = images if images.dtype == torch.uint8 else images.float()
+    return Pictures(pixels.numpy(), labels.long(), run.shape, run.mean, run.std)
 
 
 def reporter(pictures: Pictures | None, student: nn.Module, run: Run, by_batch: bool) -> Callable[[], float] | None:
@@ -250,7 +277,12 @@ def data_of(qm: QuantizedModel) -> Data:
                 "this network was calibrated on images given from Python, which it does not hold; name data"
             )
         return qm.images
-    source = plugins.build("calibrators", text)
+    try:
+        source = plugins.build("calibrators", text)
+    except PluginError:
+        if qm.images is None:
+            raise
+        return qm.images  # of a source that was given as an object
     return text if qm.images is None or hasattr(source, "training") else qm.images
 
 

@@ -1,6 +1,8 @@
 """The command line as a user meets it: results, one-line errors, exit status, nothing left behind."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -250,6 +252,15 @@ def test_interrupted_run_leaves_no_output_and_goes_on(work, capsys, monkeypatch)
     assert sorted(p.name for p in work.iterdir()) == ["model.pt", "out", "val.npz"]
     assert quantize("--quiet", out="anew") == 0 and trained
     assert Path("out/model.onnx").read_bytes() == Path("anew/model.onnx").read_bytes()
+
+
+def test_run_that_is_told_to_stop_leaves_no_output(work, capsys, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("ptq.exporters.onnx_qdq.OnnxQdq.export", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+    assert quantize("--quiet") == 143
+    assert "told to stop" in capsys.readouterr().err
+    assert sorted(p.name for p in work.iterdir()) == ["model.pt", "out.progress", "val.npz"]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_module_runs_as_a_program():

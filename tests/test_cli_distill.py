@@ -94,6 +94,17 @@ def test_and_then_it_is_quantized(work, capsys):
         assert word in shown, word
     assert {"student.pt", "model.onnx", "distillation.json", "report.md"} <= {p.name for p in Path("made").iterdir()}
     assert main(["eval", "made", "--val", "val.npz", "--json"]) == 0
+    recipe = [
+        "quantize",
+        "made/student.pt",
+        "--arch",
+        f"{FILE}:SharedReLU",
+        "--recipe",
+        "made/manifest.json",
+        "-o",
+        "other",
+    ]
+    assert main(recipe) == 2, "its images were made from the teacher"
     assert (
         main(["distill", "made", "--arch", f"{FILE}:SharedReLU", *SHORT, *GENIE, "--quiet"]) == 0
     )  # the teacher is now the student that was quantized
@@ -164,6 +175,7 @@ _NEW = ("distill", *TEACHER, "--student-arch", f"{FILE}:SharedReLU", "-o", "made
         ((*_NEW, "--data", "genie", "--training", "feed=pool"), "fixed set"),
         ((*_NEW, "--then", "w9a4"), "2 to 8"),
         ((*_NEW, "--rounding", "nearest"), "without --then"),
+        ((*_NEW, "--target", "tensorrt"), "without --then"),
         (("distill", "out", "--arch", ARCH, "-n", "7"), "without --data"),
         (("distill", "out"), "is code: name it by --arch"),
         ((*_NEW, "--data", "nayer", "--restore", "bn_stats"), "restore"),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import ptq
+from ptq import plugins
 from ptq.augment import mix_up
 from ptq.contracts import Feedback, make_rng
 from ptq.distilling import loop
@@ -148,6 +149,27 @@ def test_a_quantized_student_is_resumed_too(data, tmp_path: Path):
     assert _same(again.student, whole.student) and not _same(again.student, qm.student)
 
 
+@pytest.mark.parametrize("data", [NAYER, REPLAY, "genie:steps=1,count=8,batch_size=4"])
+def test_a_training_that_was_whole_gives_the_same_again(data: str, tmp_path: Path):
+    """Its images too: where the run was killed in what follows, they are what the student is quantized with."""
+    first, again = (_distilled(data, cache=tmp_path) for _ in range(2))
+    assert torch.equal(first.images, again.images) and len(again.images) and _same(first.student, again.student)
+    qm = _quantized()
+    first, again = (
+        ptq.distill_quantized(build("residual"), qm, data, training=SHORT, cache=tmp_path) for _ in range(2)
+    )
+    assert torch.equal(first.images, again.images) and _same(first.student, again.student)
+
+
+def test_statistics_are_part_of_what_was_trained(tmp_path: Path):
+    """Of a fixed set of images, too."""
+    for way in ("running", "batch"):
+        data, more = f"gaussian:count=32,teacher_bn={way}", {"restore": RESTORE} if way == "batch" else {}
+        given = {"training": "epochs=1,steps=2,batch_size=8,feed=set,lr=0.01", **more}
+        kept, fresh = (_distilled(data, **given, **place).student for place in ({"cache": tmp_path}, {}))
+        assert _same(kept, fresh)
+
+
 def test_other_settings_do_not_resume(tmp_path: Path):
     first = _distilled(cache=tmp_path)
     assert not _same(_distilled(cache=tmp_path, seed=1).student, first.student)
@@ -278,6 +300,43 @@ def test_images_that_are_held_need_no_further_networks():
     made = ptq.distill_quantized(build("residual"), qm, training=SHORT)
     assert made.images is not None and qm.images is not None and torch.equal(made.images, qm.images)
     assert made.manifest.recipe["distill_further_teachers"] == 0
+
+
+class _Own:
+    """A source that somebody brings as an object."""
+
+    needs, paper, teacher_bn, synthetic, presets, count, batch_size = (), "", "running", True, {}, 8, 8
+
+    def batches(self, ctx):
+        yield images(8)
+
+
+def test_images_of_an_own_source_are_held():
+    qm = ptq.quantize(build("residual"), "w8a8", _Own(), rounding="nearest", **STATED)
+    made = ptq.distill_quantized(build("residual"), qm, training=SHORT)
+    assert torch.equal(made.images, qm.images)
+
+
+def test_a_recipe_says_what_the_images_were():
+    qm = ptq.quantize(build("residual"), "w8a8", "genie:count=8,steps=1", rounding="nearest", **STATED)
+    made = ptq.distill_quantized(build("residual"), qm, training=SHORT)
+    assert made.manifest.recipe["distill_data"] == qm.manifest.recipe["data"]
+    assert made.manifest.recipe["distill_data"].startswith("genie:")
+
+
+@pytest.mark.parametrize(
+    "data", ["nayer:count=8,latent=8,steps=1", "vae_replay:count=8,latent=8,memory_latent=4,steps=1"]
+)
+def test_a_recipe_says_how_images_are_made_in_training(data: str):
+    """A source whose paper makes other images for a student than for calibration."""
+    qm = ptq.quantize(build("residual"), "w8a8", data, rounding="nearest", **STATED)
+    told = qm.manifest.recipe["data"]
+    for training in (False, True):
+        found, wanted = (plugins.build("calibrators", text, "standard", training=training) for text in (told, data))
+        assert found == wanted
+    assert plugins.build("calibrators", data, "standard", training=True) != plugins.build(
+        "calibrators", data, "standard"
+    )
 
 
 def test_images_from_python_are_not_in_the_folder(tmp_path: Path):

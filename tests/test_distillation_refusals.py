@@ -41,6 +41,10 @@ class Auxiliary(Named):
         (None, {"report_on": (torch.zeros(2, 3, 16, 16), torch.tensor([0, 10]))}, ptq.CalibrationError, "has 10 classes"),
         (None, {"report_on": "nowhere"}, ptq.CalibrationError, "neither a folder nor a file"),
         (None, {"report_on": (torch.zeros(2, 3, 16, 16), torch.tensor([-1, 0]))}, ptq.CalibrationError, "class numbers"),
+        (None, {"report_on": (torch.zeros(3, 3, 16, 16), torch.zeros(2).long())}, ptq.CalibrationError, "3, 3, 16, 16.*labels"),
+        (None, {"report_on": (torch.zeros(2, 3, 16, 16), torch.zeros(2))}, ptq.CalibrationError, "float32"),
+        (None, {"report_on": (torch.zeros(0, 3, 16, 16), torch.zeros(0).long())}, ptq.CalibrationError, "at least 1"),
+        (None, {"report_on": (None, torch.zeros(0))}, ptq.CalibrationError, "two tensors"),
         (None, {"restore": "nayer:stepp=3"}, ptq.PluginError, "did you mean"),
         (None, {"training": "feed=stream", "data": "genie"}, SpecError, "makes a fixed set"),
         (None, {"training": "epochs=0", "data": "gaussian"}, SpecError, "no images without epochs"),
@@ -63,6 +67,24 @@ def test_a_student_that_gives_its_scores_in_a_dictionary():
     made = _distilled(student=Named(), report_on=(x, y))
     plain = _distilled(student=Named().body, report_on=(x, y)).student(x)
     assert made.top1 is not None and torch.equal(made.student(x)["out"], plain)
+
+
+@pytest.mark.parametrize("data", ["nayer:batch_size=4,steps=1,latent=8", "vae_replay:latent=8,memory_latent=4"])
+def test_sources_look_at_a_student_that_gives_its_scores_in_a_dictionary(data: str):
+    made, plain = (_distilled(data, student=student) for student in (Named(), Named().body))
+    assert torch.equal(made.images, plain.images)
+
+
+def test_pictures_of_bytes_are_brought_into_input_space():
+    """As arrays and lists of numbers, too."""
+    pixels = torch.randint(256, (20, 16, 16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    space = (pixels.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
+    y = build("residual")(space).argmax(1)
+    found = [
+        _distilled(report_on=given).course.accuracies
+        for given in ((space, y), (pixels, y), [pixels.numpy(), y.tolist()])
+    ]
+    assert found[0] == found[1] == found[2]
 
 
 def test_a_width_of_training_that_codes_do_not_gain_from():

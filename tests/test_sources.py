@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import ptq
 from ptq import plugins
@@ -72,6 +72,43 @@ def test_every_teacher_must_serve():
         ptq.synthesize(build("residual"), "genie:steps=2", input_shape=SHAPE, teachers=[build("plain")])
     made = ptq.synthesize(build("residual"), "auto:steps=2,count=4", input_shape=SHAPE, teachers=[build("plain")])
     assert made.source.startswith("inceptionism")
+
+
+class _Folder(Dataset):
+    """A user's own data set, with a path that is not there, yet."""
+
+    def __init__(self) -> None:
+        self.log = Path("nowhere")
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int):
+        return images(4)[index]
+
+
+def test_a_data_set_has_paths_of_its_own():
+    assert torch.equal(ptq.synthesize(build("residual"), _Folder(), input_shape=SHAPE).images, images(4))
+
+
+def test_similarity_of_batches_in_a_list():
+    x = images(8)
+    listed, whole = (ptq.data_similarity(build("residual"), data, input_shape=SHAPE) for data in ([x[:4], x[4:]], x))
+    assert listed.mean == pytest.approx(whole.mean, rel=1e-4)
+
+
+def test_within_inference_mode():
+    """Everything trains there as it does elsewhere."""
+
+    def made():
+        given = ptq.synthesize(build("residual"), "genie:count=4,steps=2", input_shape=SHAPE).images
+        return given, ptq.quantize(build("residual"), "w4a4", given, rounding="genie_m:steps=2", input_shape=SHAPE)
+
+    with torch.inference_mode():
+        x, qm = made()
+        assert torch.is_inference_mode_enabled()
+    again, other = made()
+    assert torch.equal(x, again) and torch.equal(qm.graph(x), other.graph(x))
 
 
 @pytest.mark.parametrize("data", ["images:nowhere", Path("photos"), None, 5])

@@ -103,19 +103,24 @@ class FromPool:
         self.images = torch.empty(0)
 
     def prepare(self, epoch: int) -> None:
-        """See `Feed`. Rounds of earlier epochs are read where they were kept, not made."""
-        t = self.training
+        """See `Feed`."""
+        t, more = self.training, self._opened()
+        with looked_at(self.student):
+            for k in range(epoch * t.rounds, (epoch + 1) * t.rounds):
+                self._add(batch := next(more))
+                if self.cache is not None:
+                    self.cache.write(k, batch, {})
+
+    def _opened(self) -> Iterator[Tensor]:
+        """The rounds that are still to be made. Those of earlier epochs are read where they were kept, into the pool."""
         if self.more is None:
+            t = self.training
             for batch in self.source(None, t.first_rounds, None) if t.first_rounds else ():
                 self._add(batch)
             for k in range(self.carry.done):
                 self._add(self._kept(k))
             self.more = self.source(self.student, t.rounds * t.epochs, self.carry) if t.rounds else iter(())
-        with looked_at(self.student):
-            for k in range(epoch * t.rounds, (epoch + 1) * t.rounds):
-                self._add(batch := next(self.more))
-                if self.cache is not None:
-                    self.cache.write(k, batch, {})
+        return self.more
 
     def _kept(self, k: int) -> Tensor:
         found = None if self.cache is None else self.cache.read(k)
@@ -149,6 +154,7 @@ class FromPool:
 
     def sample(self, count: int, seed: int) -> Tensor:
         """See `Feed`."""
+        self._opened()  # where no epoch was left to train
         return picked(self.images[: self.made], count, seed)
 
 

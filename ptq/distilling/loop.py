@@ -81,14 +81,15 @@ def _optimizer(job: Job) -> torch.optim.Optimizer:
 @contextmanager
 def _own_randomness(job: Job, epoch: int) -> Iterator[None]:
     """Dropout and the like draw from torch's global generator: for an epoch it has a seed of its own, afterwards its old state."""
-    devices = [torch.cuda.current_device()] if job.device.type == "cuda" else []
+    gpu = None
+    if job.device.type == "cuda":
+        gpu = torch.cuda.current_device() if job.device.index is None else job.device.index
     seed = make_rng(job.seed, f"distillation/dropout {epoch}").initial_seed()
-    with torch.random.fork_rng(devices=devices):
-        torch.default_generator.manual_seed(
-            seed
-        )  # torch.manual_seed would seed devices that the fork does not put back
-        if devices:
-            torch.cuda.manual_seed(seed)
+    with torch.random.fork_rng(devices=[] if gpu is None else [gpu]):
+        # torch.manual_seed would seed devices that the fork does not put back.
+        torch.default_generator.manual_seed(seed)
+        if gpu is not None:
+            torch.cuda.default_generators[gpu].manual_seed(seed)
         yield
 
 
@@ -137,9 +138,16 @@ def _loss(job: Job, x: Tensor) -> Tensor:
 def _arithmetic(job: Job) -> torch.autocast:
     """bfloat16 where asked for, or where the device gains from it: it has float32's range, so that no loss needs scaling."""
     wanted = job.training.precision
-    gains = job.device.type == "cuda" and torch.cuda.is_bf16_supported()
-    enabled = wanted == "bfloat16" or (wanted == "auto" and gains)
+    enabled = wanted == "bfloat16" or (wanted == "auto" and _multiplies_bfloat16(job.device))
     return torch.autocast(job.device.type, torch.bfloat16, enabled=enabled)
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether it is a GPU that does so itself: emulated, bfloat16 is slower than float32."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _keep(job: Job, optimizer: torch.optim.Optimizer, rows: list[EpochRow]) -> None:

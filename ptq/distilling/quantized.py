@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from ptq.errors import ReconstructionError
 from ptq.graph.blocks import split
-from ptq.graph.insert import quantizer_of, round_bias
+from ptq.graph.insert import fake_quantize_bias, round_bias
 from ptq.graph.ops import output_node, values_of, weighted_nodes
 from ptq.quant.affine import QParams, along_axis, fake_quantize, quantize
 from ptq.quant.fake_quant import FloatBias, integer_codes, store_integer, swap, weight_grid
@@ -58,19 +58,6 @@ class _Trained(nn.Module):
         return fake_quantize(self.weight(u), self.qparams)
 
 
-class _TrainedBias(nn.Module):
-    """Parametrization of a bias: what the accumulator's grid, s_x · s, makes of it, with the gradient straight through."""
-
-    def __init__(self, input_scale: Tensor, weight: _Trained) -> None:
-        super().__init__()
-        self.register_buffer("input_scale", input_scale.detach().clone())
-        self.grid = [weight]  # in a list: it is the weight's own, not a part of this module
-
-    def forward(self, bias: Tensor) -> Tensor:
-        step = self.input_scale * self.grid[0].scale.detach()  # type: ignore[operator]
-        return bias + ((bias / step).round() * step - bias).detach()
-
-
 def make_trainable(student: fx.GraphModule, folded: fx.GraphModule, training: Training) -> list[dict[str, Any]]:
     """Puts float weights behind the student's codes, in place; the optimizer's parameter groups.
 
@@ -93,10 +80,9 @@ def make_trainable(student: fx.GraphModule, folded: fx.GraphModule, training: Tr
         start = _start(float_weight, codes, q) / along_axis(grid.gain, float_weight.ndim, 0)  # type: ignore[arg-type]
         swap(layer, "weight", grid, start)
         trained = [layer.parametrizations["weight"].original]  # type: ignore[index, union-attr]
-        source = quantizer_of(student, node.all_input_nodes[0].meta["value"])
         if layer.bias is not None:
-            bias = layer.bias.detach().clone()  # type: ignore[operator]
-            swap(layer, "bias", FloatBias() if source is None else _TrainedBias(source.scale, grid), bias)
+            swap(layer, "bias", FloatBias(), layer.bias.detach().clone())  # type: ignore[operator]
+            fake_quantize_bias(student, node)
             trained.append(layer.parametrizations["bias"].original)  # type: ignore[index, union-attr]
         groups.append({"params": [p.requires_grad_(True) for p in trained]})
         if training.lr_scale and not q.spec.power_of_two:

@@ -22,7 +22,7 @@ from ptq.augment import blend
 from ptq.contracts import Feedback, Presets, make_rng
 from ptq.errors import SpecError
 from ptq.graph.blocks import extract, input_value_node, split
-from ptq.graph.insert import round_bias
+from ptq.graph.insert import fake_quantize_bias, round_bias
 from ptq.graph.ops import input_node, output_node, weighted_nodes
 from ptq.quant.affine import QParams, along_axis
 from ptq.quant.fake_quant import (
@@ -172,6 +172,7 @@ class Logits:
                 groups.append({"params": [grid.v], "lr": self.lr_round})
             if layer.bias is not None:
                 swap(layer, "bias", FloatBias(), layer.bias.detach().clone())  # type: ignore[operator]
+                fake_quantize_bias(student, node)
                 train(layer.parametrizations["bias"].original, self.lr_bias)  # type: ignore[index, arg-type]
         stem = input_value_node(student)
         for path, module in student.named_modules():

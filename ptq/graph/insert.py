@@ -8,7 +8,15 @@ from ptq.graph.ops import moves, weighted_nodes
 from ptq.graph.plan import QuantPlan
 from ptq.graph.trace import rewrite
 from ptq.quant.affine import QParams
-from ptq.quant.fake_quant import ActFakeQuant, integer_codes, set_weight_fake_quant, store_integer_bias
+from ptq.quant.fake_quant import (
+    ActFakeQuant,
+    BiasFakeQuant,
+    integer_codes,
+    set_weight_fake_quant,
+    store_integer_bias,
+    swap,
+    weight_grid,
+)
 
 
 def insert_fake_quant(
@@ -67,6 +75,13 @@ def quantizer_of(gm: fx.GraphModule, value: str) -> ActFakeQuant | None:
         found = [quantizer_of(gm, n.meta["value"]) for n in node.all_input_nodes]
         return found[0] if all(q is found[0] for q in found) else None
     return None
+
+
+def fake_quantize_bias(gm: fx.GraphModule, node: fx.Node) -> None:
+    """Rounds a layer's float bias wherever it is read, to the grid that weights and input have then; nothing where either is float."""
+    layer, source = gm.get_submodule(str(node.target)), quantizer_of(gm, node.all_input_nodes[0].meta["value"])
+    if layer.bias is not None and source is not None and weight_grid(layer) is not None:
+        swap(layer, "bias", BiasFakeQuant(source, layer))
 
 
 def round_bias(gm: fx.GraphModule, node: fx.Node) -> None:

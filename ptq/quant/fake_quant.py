@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 from ptq.quant.affine import QParams, dequantize, fake_quantize, quantize
 from ptq.spec import QuantSpec
 
+BIAS_LIMIT = 2**30  # half of int32: the accumulator itself needs room beside the bias
 _BITS = torch.tensor([[1], [2], [4], [8], [16], [32], [64], [128]], dtype=torch.uint8)
 
 
@@ -105,6 +106,23 @@ class FloatBias(nn.Module):
         return bias
 
 
+class BiasFakeQuant(nn.Module):
+    """Parametrization of a float bias in training: rounded to the accumulator's grid as it stands, the gradient straight through.
+
+    source: the quantizer of the layer's input. layer: the layer itself, whose weight's grid counts, whatever holds it.
+    """
+
+    def __init__(self, source: ActFakeQuant, layer: nn.Module) -> None:
+        super().__init__()
+        self.held = [source, layer]  # in a list: they are no parts of this module
+
+    def forward(self, bias: Tensor) -> Tensor:
+        source, layer = self.held
+        step = bias_params(source.scale, weight_grid(layer).scale).scale  # type: ignore[arg-type, union-attr]
+        codes = (bias.detach() / step).round().clamp(-BIAS_LIMIT, BIAS_LIMIT)
+        return codes * step + (bias - bias.detach())
+
+
 def set_weight_fake_quant(layer: nn.Module, q: QParams) -> None:
     """Makes `layer.weight` fake-quantized to the nearest code, and its bias ready to become integer.
 
@@ -144,8 +162,7 @@ def store_integer_bias(layer: nn.Module, input_scale: Tensor, weight_scale: Tens
     if bias is None:
         return
     q = bias_params(input_scale, weight_scale)
-    limit = 2**30  # half of int32: the accumulator itself needs room beside the bias
-    codes = torch.round(bias.detach().double() / q.scale.double()).clamp(-limit, limit)  # pyright: ignore[reportCallIssue]
+    codes = torch.round(bias.detach().double() / q.scale.double()).clamp(-BIAS_LIMIT, BIAS_LIMIT)  # pyright: ignore[reportCallIssue]
     store_integer(layer, "bias", codes, q)
 
 

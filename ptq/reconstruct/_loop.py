@@ -1,6 +1,7 @@
 """Block after block: capture what the block sees, fit it to the teacher, harden its weights to integers.
 
-The input of a block comes from the already quantized front of the network, its target from the teacher. Where the fitted
+The input of a block comes from the already quantized front of the network, its target from the teacher. Biases are rounded in
+training as they will be: at two bits the accumulator's steps are wide, and the weights can make up for it. Where the fitted
 block ends above the error of nearest rounding, nearest rounding stays.
 """
 
@@ -18,7 +19,7 @@ from ptq.batch_cache import BatchCache
 from ptq.contracts import Feedback, Reconstructor, make_rng
 from ptq.graph.blocks import Block, extract, input_value_node, split
 from ptq.graph.channel_axis import channel_axis
-from ptq.graph.insert import round_bias
+from ptq.graph.insert import fake_quantize_bias, round_bias
 from ptq.graph.ops import input_node, values_of, weighted_nodes
 from ptq.precision import pays
 from ptq.quant.fake_quant import (
@@ -182,6 +183,8 @@ def _trained(job: _Job, method: Reconstructor, seed: int, feedback: Feedback, pl
         quantizer.drop, quantizer.mask_rng, quantizer.idle = 0.0, None, False
         quantizer.scale.requires_grad_(False)
     for layer in job.layers:
+        if layer.bias is not None:
+            swap(layer, "bias", FloatBias())  # its own value again
         grid = weight_grid(layer)
         if isinstance(grid, SoftRound):
             store_integer(layer, "weight", *grid.harden())
@@ -216,6 +219,8 @@ def _train(job: _Job, method: Reconstructor, seed: int, feedback: Feedback, plac
     if not groups:  # every layer of the block stays float
         feedback.progress("reconstruction", (place[0] + 1) * method.steps, place[1] * method.steps)
         return True
+    for node in _weighted(job.student, job.block):
+        fake_quantize_bias(job.student, node)  # what that costs, the rest of the block makes up for
     optimizer = torch.optim.Adam(groups, fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
     count, (k, total) = len(job.targets[0]), place
@@ -261,9 +266,13 @@ def _step(
 
 def _round_biases(student: fx.GraphModule, block: Block) -> None:
     """Stores the block's biases as integers, on the grid of its weights and inputs as they are."""
-    for node in weighted_nodes(student):
-        if node.target in block.layers:
-            round_bias(student, node)
+    for node in _weighted(student, block):
+        round_bias(student, node)
+
+
+def _weighted(student: fx.GraphModule, block: Block) -> list[fx.Node]:
+    """The nodes of the block's layers."""
+    return [node for node in weighted_nodes(student) if node.target in block.layers]
 
 
 def _harden(student: fx.GraphModule, block: Block) -> None:

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from ptq.calibrators._classifier import balance, balanced_labels, class_rows, last_features
 from ptq.calibrators._label_embeddings import label_embeddings
+from ptq.calibrators._teachers import teachers
 from ptq.calibrators.bn_stats import BnStats
 from ptq.calibrators.dgh import Dgh
 from ptq.calibrators.genie import Genie
 from ptq.calibrators.inceptionism import Inceptionism
-from ptq.calibrators.nayer import Nayer, NoisyLayer
+from ptq.calibrators.nayer import Nayer, NoisyLayer, _Run
 from ptq.calibrators.vae_replay import VaeReplay
 from ptq.calibrators.zeroq import ZeroQ
 from torch import nn
@@ -20,9 +21,10 @@ from torch import nn
 import ptq
 from ptq.contracts import Feedback, make_rng
 from ptq.errors import CalibrationError
+from ptq.graph.taps import tap_batch_norms
 from tests.calibrators.running import COMMON, context_of, images_of
 from tests.stages import prepare
-from tests.zoo import SHAPE, build
+from tests.zoo import SHAPE, build, images
 
 
 def _curve(source, net: str = "residual") -> list[float]:
@@ -155,6 +157,28 @@ def test_nayer_labels_are_balanced_and_known():
         logits = prepare("residual").teacher(torch.cat(list(source.batches(ctx))))
     # Cross-entropy to the labels is trained for: below that of a guess, log 10 = 2.303, on a net that was never trained.
     assert float(F.cross_entropy(logits, labels)) < 2.2
+
+
+def test_adversarial_term_is_the_divergence_of_the_student_from_the_teacher():
+    """KL(T ‖ S), over images on which both agree: equation 5."""
+    source = Nayer(count=8, batch_size=8, steps=1, latent=8, a_adv=3.0)
+    student, x = build("residual"), images(8)
+    with torch.no_grad():
+        next(student.parameters()).mul_(1.3)
+    run = _Run(source, context_of(source, student=student))
+    teacher = teachers(run.ctx)
+    labels = torch.arange(8)
+    run.past.follow(teacher.models)
+    with torch.no_grad(), tap_batch_norms(teacher.models) as taps:
+        with_term = run._loss(teacher, taps, x, labels)
+        taps.seen.clear()
+        run.ctx = replace(run.ctx, student=None)
+        without = run._loss(teacher, taps, x, labels)
+        t, s = run.ctx.model(run.space.place(x)), student(run.space.place(x))
+    p, q = t.softmax(1), s.softmax(1)
+    kl = (p * (p.log() - q.log())).sum(1)
+    expected = -3.0 * (kl * (t.argmax(1) == s.argmax(1))).mean()
+    assert float(with_term - without) == pytest.approx(float(expected), rel=1e-3) and float(expected) < 0
 
 
 def test_adversarial_term_needs_a_student_and_changes_images():

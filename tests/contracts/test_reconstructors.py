@@ -14,7 +14,8 @@ from ptq.graph.blocks import extract, split
 from ptq.graph.insert import quantizer_of
 from ptq.graph.ops import weighted_nodes
 from ptq.quant.affine import dequantize, fake_quantize
-from ptq.quant.fake_quant import ActFakeQuant, Dequantize, integer_codes, weight_grid
+from ptq.quant.fake_quant import ActFakeQuant, Dequantize, bias_params, integer_codes, weight_grid
+from ptq.reconstruct import _loop
 from ptq.reconstruct._loop import BlockReport, reconstruct_blocks
 from ptq.reconstruct.nearest import Nearest
 from ptq.spec import PlanRules
@@ -96,6 +97,29 @@ def test_reports_hold_where_the_input_shares_a_scale(name: str):
     if "lr_act" in {f.name for f in fields(method)}:
         method = replace(method, lr_act=1e-3, lr_round=1e-4, scale_step=1e-2)  # so that scales move visibly
     _assert_reports_hold(made, *_run(made, method), method.unit)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_biases_are_rounded_in_training(name: str, monkeypatch: pytest.MonkeyPatch):
+    """To the grid of the step, on which few float biases lie; what is stored in the end is the float bias on the last grid."""
+    made, step = prepare("residual", "w2a2"), _loop._step
+    off = []
+
+    def look(job, *args):
+        for layer in job.layers:
+            held = layer.parametrizations["bias"]
+            grid = bias_params(held[0].held[0].scale, weight_grid(layer).scale).scale
+            off.append(float((layer.bias / grid - (layer.bias / grid).round()).abs().max()))
+            assert not torch.equal(layer.bias, held.original)
+        return step(job, *args)
+
+    monkeypatch.setattr(_loop, "_step", look)
+    student, _ = _run(made, _method(name))
+    assert off and max(off) < 1e-3
+    for node in weighted_nodes(student):
+        codes, grid = integer_codes(student.get_submodule(str(node.target)), "bias")
+        wanted = made.folded.get_submodule(str(node.target)).bias / grid.scale
+        assert torch.equal(codes, wanted.round().int())
 
 
 @pytest.mark.parametrize("net", ["residual", "depthwise", "squeeze_excite", "concat"])

@@ -13,6 +13,7 @@ import ptq
 from ptq import plugins
 from ptq.batch_cache import BatchCache, open_cache
 from ptq.contracts import CalibrationContext, Feedback, make_rng
+from ptq.errors import CalibrationError
 from ptq.graph.trace import trace
 from tests.stages import prepare
 from tests.zoo import SHAPE, build
@@ -87,6 +88,23 @@ def test_a_damaged_batch_is_made_again(tmp_path: Path):
     files[0].write_bytes(b"")
     files[1].write_bytes(files[1].read_bytes()[:-200])
     assert torch.equal(_all("genie", cache), expected)
+
+
+@pytest.mark.parametrize("name", ["nayer", "vae_replay"])
+def test_of_what_is_carried_on_the_latest_is_kept(name: str, tmp_path: Path):
+    """Generators and optimizers are many megabytes, and there may be hundreds of batches."""
+    expected, cache = _all(name, None), BatchCache(tmp_path)
+    _all(name, cache)
+    kept = sorted(f.name for f in (tmp_path / "state").iterdir())
+    batches = sorted(tmp_path.glob("*.pt"))
+    assert kept == [f.name for f in batches][-2:] and len(batches) > 2
+    batches[-1].write_bytes(b"")  # made again, from what the one before left
+    assert torch.equal(_all(name, cache), expected)
+    for file in batches[-2:]:
+        file.write_bytes(b"")
+    (tmp_path / "state" / batches[-3].name).unlink(missing_ok=True)
+    with pytest.raises(CalibrationError, match="damaged"):
+        _all(name, cache)
 
 
 def test_no_half_written_file_is_left(tmp_path: Path):

@@ -10,12 +10,14 @@ from ptq.contracts import make_rng
 from ptq.quant.affine import QParams, dequantize, fake_quantize, quantize
 from ptq.quant.fake_quant import (
     ActFakeQuant,
+    BiasFakeQuant,
     integer_codes,
     mix,
     random_mask,
     set_weight_fake_quant,
     store_integer,
     store_integer_bias,
+    swap,
     weight_grid,
 )
 from ptq.quant.ranges import minmax
@@ -93,6 +95,21 @@ def test_integer_bias_leaves_the_accumulator_room():
     layer.parametrizations["bias"].original.data.fill_(1e9)
     store_integer_bias(layer, torch.tensor(1e-3), q.scale)
     assert int(integer_codes(layer, "bias")[0].max()) == 2**30
+
+
+@pytest.mark.parametrize("scale", [0.03, 3.0, 1e-12])
+def test_bias_in_training_is_what_will_be_stored(scale: float):
+    layer, q, _ = _quantized("conv")
+    source = ActFakeQuant(QParams(torch.tensor(1.0), torch.tensor(0), QuantSpec(8, False, False)))
+    swap(layer, "bias", BiasFakeQuant(source, layer))
+    source.scale.data.fill_(scale)  # the grid as it stands counts, not as it was
+    held = layer.parametrizations["bias"].original.requires_grad_(True)
+    now = layer.bias
+    now.sum().backward()
+    assert torch.equal(held.grad, torch.ones_like(held))
+    assert len(list(layer.parameters())) == 3, "weight, its scale, bias: the quantizer of the input is not its part"
+    store_integer_bias(layer, source.scale.detach(), q.scale)
+    assert torch.equal(now.detach(), layer.bias)
 
 
 def test_no_bias_stays_no_bias():
