@@ -30,7 +30,7 @@ from ptq.exporters._opinions import far_off, second_opinions
 from torch import Tensor, fx, nn
 
 from ptq.errors import ExportError
-from ptq.graph.float_region import float_remainders
+from ptq.graph.float_region import float_remainders, layers_in_regions
 from ptq.graph.ops import output_node, weighted_nodes
 from ptq.onnx_session import onnx_session
 from ptq.quant.affine import dequantize, quantize
@@ -139,6 +139,7 @@ def _by_module(student: fx.GraphModule, kernels: dict[str, Any]) -> dict[str, An
         "output" if n is result else tensor_name(n).removesuffix(".raw"): str(n.target) for n in weighted_nodes(student)
     }
     named = [next((paths[t] for t in _tensors_of(name) if t in paths), name) for name in layers]
+    named += layers_in_regions(student)
     others = [name for name in kernels["float_operations"] if name not in layers]
     return {**kernels, "float_layers": named, "float_operations": others}
 

@@ -21,7 +21,7 @@ from ptq.artifact import QuantizedModel, check_free, check_written, read_plan, w
 from ptq.cli_distill import run_distill
 from ptq.cli_images import further, labelled, run_similarity, run_synthesize, sized
 from ptq.cli_options import build_parser
-from ptq.cli_output import Again, close, forget_progress, progress_folder, target_of, where_from, write_network
+from ptq.cli_output import TARGET, Again, close, forget_progress, progress_folder, target_of, where_from, write_network
 from ptq.cli_sensitivity import run_sensitivity
 from ptq.distilling.course import Course
 from ptq.errors import ArtifactError, ExportError, PtqError, ReconstructionError, SpecError
@@ -44,7 +44,7 @@ _RECIPE: dict[str, Any] = {
     "bits": "w8a8", "data": "auto", "rounding": "genie_m", "ranges": "lp_best", "finish": None, "repair": "none",
     "distill": None,
     "edges": "brecq", "adds": 8, "weights": "auto", "activations": "unsigned", "scales": "free", "placement": "auto", "ties": "auto",
-    "layers": None, "precision": "auto", "seed": 0,
+    "layers": None, "precision": "auto", "seed": 0, "target": None,
 }  # fmt: skip
 
 
@@ -115,6 +115,8 @@ def _settle(args: argparse.Namespace) -> None:
         recipe |= found | {"bits": _RECIPE["bits"] if found["bits"] == "plan" else found["bits"]}
     if args.plan is not None and given:
         raise SpecError(f"--{given[0]} and a plan given; a plan says every width and grid already")
+    if args.plan is not None:
+        recipe["layers"] = None  # which the plan takes the place of
     for name, setting in recipe.items():
         if getattr(args, name, None) is None:
             setattr(args, name, setting)
@@ -149,6 +151,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
 
 def _quantize(args: argparse.Namespace) -> int:
     _settle(args)
+    args.target = args.target or TARGET
     check_free(args.output, args.force)
     target = target_of(args)
     model = load_model(args.model, args.arch, trust_pickle=args.trust_pickle)
@@ -180,7 +183,8 @@ def _quantize(args: argparse.Namespace) -> int:
             feedback=feedback,
             **common,
         )
-    qm = replace(qm, manifest=replace(qm.manifest, recipe=qm.manifest.recipe | where_from(args.model, args.arch)))
+    said = where_from(args.model, args.arch) | {"target": args.target}
+    qm = replace(qm, manifest=replace(qm.manifest, recipe=qm.manifest.recipe | said))
     runs = _baselines(model, qm, args, common) if pictures is not None else {}
     qm, sections = write_network(qm, model, args.output, args.force, target, pictures, runs)
     forget_progress(args)

@@ -14,7 +14,7 @@ from torch import nn
 from ptq import plugins
 from ptq.artifact import MANIFEST, QuantizedModel, check_free, whole_folder
 from ptq.cli_images import further, labelled, sized
-from ptq.cli_output import Again, close, forget_progress, progress_folder, target_of, where_from, write_network
+from ptq.cli_output import TARGET, Again, close, forget_progress, progress_folder, target_of, where_from, write_network
 from ptq.contracts import Exporter, Feedback
 from ptq.distillation import Distilled, distill, distill_quantized
 from ptq.distilling.course import Course
@@ -82,6 +82,7 @@ def _quantized(args: argparse.Namespace, console: Console) -> None:
         raise SpecError("-n is given without --data; the folder's own images are as many as they are")
     qm = QuantizedModel.load(args.folder)
     model = _teacher_of(args, qm)
+    args.target = args.target or str(qm.manifest.recipe.get("target") or TARGET)
     target = target_of(args)
     if target is not None:
         target.check(qm.student, qm.plan)
@@ -155,9 +156,10 @@ def _student(args: argparse.Namespace, console: Console) -> None:
     if args.then is None and args.rounding is not None:
         raise SpecError("--rounding is given without --then; it says how the student is quantized")
     check_free(args.output, args.force)
-    target = target_of(args)
-    if args.then is None and args.target not in ("onnx_qdq", "none"):
+    if args.then is None and args.target is not None:
         raise SpecError("--target is given without --then; a float student is written for no runtime")
+    args.target = args.target or TARGET
+    target = target_of(args)
     seed, arch = args.seed or 0, args.student_arch or args.arch
     model = load_model(args.teacher, args.arch, trust_pickle=args.trust_pickle)
     student = (

@@ -15,7 +15,7 @@ from ptq.gallery import to_pixels, write_curve, write_pictures, write_sheet
 from ptq.loading import load_model
 from ptq.pictures import Fit, Pictures, open_pictures
 from ptq.report import Section, print_sections
-from ptq.run import normalization
+from ptq.run import checked_shape, normalization
 from ptq.similarity import Similarity
 from ptq.sources import data_similarity, synthesize
 from ptq.terminal import plain_console, shown
@@ -41,7 +41,7 @@ def labelled(
     """
     if path is None:
         return None
-    channels, height, width = shape
+    channels, height, width = checked_shape(shape)
     stated = normalization(mean, std, channels)
     return open_pictures(path, (channels, height, width), *stated, Fit(args.resize, args.crop))
 

@@ -213,7 +213,6 @@ def _quantize_options(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--target",
-        default="onnx_qdq",
         help="ort, openvino, tensorrt, qnn, tflite, stm32, pot, native, or another exporter of ptq list; none writes no file for a "
         "runtime; default onnx_qdq, which is ort",
     )
@@ -258,7 +257,7 @@ def _distill_options(p: argparse.ArgumentParser) -> None:
         "--then", metavar="BITS", help="quantize the student of another architecture too, in the same run: w4a4"
     )
     p.add_argument("--rounding", help="of --then, as for quantize; default genie_m")
-    p.add_argument("--target", default="onnx_qdq", help="as for quantize; default onnx_qdq, which is ort")
+    p.add_argument("--target", help="as for quantize; default, of a folder, its own, else onnx_qdq, which is ort")
     _closing_options(p)
 
 

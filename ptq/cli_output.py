@@ -40,6 +40,9 @@ class Again:
         yield self.images
 
 
+TARGET = "onnx_qdq"  # where nothing else is said
+
+
 def where_from(model: Path, arch: str | None) -> dict[str, Any]:
     """What a recipe says of the float network's file, as it was named; `ptq distill` looks there for the teacher."""
     return {"model": str(model), "arch": arch}

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from ptq.errors import ModelError
 from ptq.graph.aten import plain
 
-_NESTED = ("state_dict", "model_state_dict", "model", "net")  # where training scripts keep the weights in a checkpoint
+# Where training scripts keep the weights in a checkpoint.
+_NESTED = ("state_dict", "model_state_dict", "model", "net", "ema", "model_ema")
+_WRAPPED = ("module.", "_orig_mod.")  # DataParallel, torch.compile
 _NO_ARCH = "name the code that builds the network with --arch package.module:factory, path/to/file.py:factory or torchvision:resnet18"
 
 
@@ -40,15 +42,15 @@ def load_model(path: str | Path, arch: str | None = None, *, trust_pickle: bool 
         raise ModelError(f"{path} is not a file" + ("" if path.exists() else ": nothing is there"))
     if _is_exported(path):
         return _exported(path, trust_pickle)
-    content = _read(path, trust_pickle)
+    content = _unnested(_read(path, trust_pickle))
     if isinstance(content, nn.Module):
         return content.float().eval()
     state = _state_dict(path, content)
     if arch is None:
         raise ModelError(f"{path} holds weights only; {_NO_ARCH}")
     model = build_arch(arch)
-    _fill(model, state, path, arch)
-    return model.eval()
+    _fill(model, _fitting(state, model), path, arch)
+    return model.float().eval()
 
 
 def _is_exported(path: Path) -> bool:
@@ -128,16 +130,31 @@ def _line(e: BaseException) -> str:
     return (str(e).strip().splitlines() or [type(e).__name__])[0][:300]
 
 
-def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
+def _unnested(content: Any) -> Any:
+    """The weights, or the network, in a checkpoint that holds other things beside them."""
     for key in _NESTED:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping | nn.Module):
+            return content[key]
+    return content
+
+
+def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise ModelError(f"{path} holds {_kind(content)}, not a state dict (names → tensors)")
-    names = [str(k) for k in content]
-    prefix = "module." if all(name.startswith("module.") for name in names) else ""  # saved from DataParallel
-    return {name.removeprefix(prefix): v for name, v in zip(names, content.values())}
+    return {str(name): v for name, v in content.items()}
+
+
+def _fitting(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The weights by the network's own names: without what wrappers for training put before them, as far as that is none of it."""
+    expected = model.state_dict().keys()
+    if "n_averaged" in state and "n_averaged" not in expected:  # torch.optim.swa_utils.AveragedModel
+        state = {name: v for name, v in state.items() if name != "n_averaged"}
+    while state and not expected & state.keys():
+        prefix = next((p for p in _WRAPPED if all(name.startswith(p) for name in state)), None)
+        if prefix is None:
+            break
+        state = {name.removeprefix(prefix): v for name, v in state.items()}
+    return state
 
 
 def _kind(content: Any) -> str:
@@ -223,7 +240,12 @@ def _import_file(path: Path) -> Any:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(path.stem, module)  # dataclasses and pickle look modules up by name
-    spec.loader.exec_module(module)
+    beside = str(path.absolute().parent)  # what it imports may lie there, as where it is run as a script
+    sys.path.insert(0, beside)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(beside)
     return module
 
 

@@ -24,7 +24,7 @@ from ptq.errors import SpecError
 from ptq.graph.blocks import input_value_node
 from ptq.graph.fold_bn import fold_batch_norm
 from ptq.graph.ops import weighted_nodes
-from ptq.graph.plan import QuantPlan, activated, make_plan
+from ptq.graph.plan import QuantPlan, activated, edge_layers, make_plan, names_layer
 from ptq.quant.ranges import Estimator, estimators
 from ptq.run import start_run
 from ptq.sensitivity import WIDTHS, Cost, activation_costs, noise_of, weight_costs
@@ -195,19 +195,23 @@ def plan_by(folded: fx.GraphModule, budget: Budget, rules: PlanRules, costs: Seq
 
 def fixed_layers(folded: fx.GraphModule, plan: QuantPlan, rules: PlanRules) -> list[str]:
     """Layers whose weights' width is not free: first and last where the rules say so, and what overrides set."""
-    layers = weighted_nodes(folded)
-    fixed = [str(layers[0].target), str(layers[-1].target)] if rules.edges != "all" else []
-    return fixed + [path for path in plan.weights if any(o.matches(path) and o.weight for o in rules.overrides)]
+    edges = set[fx.Node]() if rules.edges == "all" else set[fx.Node]().union(*edge_layers(folded))
+    fixed = {
+        str(n.target)
+        for n in weighted_nodes(folded)
+        if n in edges or any(names_layer(o, n) and o.weight for o in rules.overrides)
+    }
+    return [path for path in plan.weights if path in fixed]
 
 
 def _settled_groups(folded: fx.GraphModule, plan: QuantPlan, rules: PlanRules) -> set[str]:
     """Groups of values whose width is not free: those that an override sets, and the edges'."""
-    layers, inputs = weighted_nodes(folded), _inputs(folded)
-    values = {inputs[path] for path in inputs if any(o.matches(path) and o.act for o in rules.overrides)}
-    if rules.edges != "all":
-        values.add(inputs[str(layers[-1].target)])
+    layers, (first, last) = weighted_nodes(folded), edge_layers(folded)
+    named = {n for n in layers if any(names_layer(o, n) and o.act for o in rules.overrides)}
+    settled = named | (last if rules.edges != "all" else set())
+    values = {n.all_input_nodes[0].meta["value"] for n in settled}
     if rules.edges == "brecq":
-        values |= {node.meta["value"] for node in activated(folded, layers[0])}
+        values |= {node.meta["value"] for n in first for node in activated(folded, n)}
     return {plan.group(v) for v in values if v in plan.values}
 
 

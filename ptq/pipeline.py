@@ -246,10 +246,11 @@ def _prepare(
     folded = fold_batch_norm(networks[0])
     left = unfolded(folded)
     if left:
-        run.note(f"{len(left)} BatchNorm without a layer before it stay float: {', '.join(left[:5])}")
+        run.note(f"{len(left)} BatchNorm that no layer before them takes in stay float: {', '.join(left[:5])}")
     if remainders := float_remainders(folded):
         listed = ", ".join(remainders[:5]) + (", …" if len(remainders) > 5 else "")
-        run.note(f"{len(remainders)} operations run in float: {listed}")
+        what = "operation runs" if len(remainders) == 1 else "operations run"
+        run.note(f"{len(remainders)} {what} in float: {listed}")
     return networks, folded if mends.bias == "none" else give_biases(folded)
 
 

@@ -55,12 +55,13 @@ def start_run(
     Raises:
         SpecError: a shape that is not (C, H, W), a device that is not there, or a normalization that does not fit.
     """
-    shape = _shape(input_shape)
+    shape = checked_shape(input_shape)
     stated = normalization(mean, std, shape[0])
     return Run(shape, _device(device), seed, *stated, feedback or Feedback(), None if cache is None else Path(cache))
 
 
-def _shape(shape: Iterable[int]) -> tuple[int, int, int]:
+def checked_shape(shape: Iterable[int]) -> tuple[int, int, int]:
+    """(C, H, W). Raises SpecError unless it is three positive numbers."""
     shape = tuple(shape)
     if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
         raise SpecError(f"input shape {shape} given; it is (channels, height, width), as in (3, 224, 224)")

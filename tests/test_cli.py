@@ -75,6 +75,26 @@ def test_recipe_repeats_a_run_bit_for_bit(work):
         assert Path("out", name).read_bytes() == Path("again", name).read_bytes()
 
 
+def test_a_recipe_has_its_target(work):
+    asked = (
+        "--target",
+        "tensorrt",
+        "--bits",
+        "w8a8",
+        "--weights",
+        "symmetric",
+        "--activations",
+        "signed",
+        "--set",
+        "fc=w8a8",
+    )
+    assert quantize("--quiet", *asked) == 0
+    again = ["quantize", "model.pt", "--arch", ARCH, "--recipe", "out/manifest.json", "--quiet", "-o"]
+    assert main([*again, "again"]) == 0
+    assert Path("out/model.onnx").read_bytes() == Path("again/model.onnx").read_bytes()
+    assert main([*again, "by_plan", "--plan", "out/plan.json"]) == 0, "what --set said is in the plan"
+
+
 def test_export_of_a_saved_network(work, capsys):
     quantize("--quiet", "--target", "none")
     assert not Path("out/model.onnx").exists()

@@ -180,7 +180,7 @@ _NEW = ("distill", *TEACHER, "--student-arch", f"{FILE}:SharedReLU", "-o", "made
         (("distill", "out"), "is code: name it by --arch"),
         ((*_NEW, "--data", "nayer", "--restore", "bn_stats"), "restore"),
         ((*_NEW, "--data", "images:nowhere"), "neither a folder nor a file"),
-        ((*_NEW, "--target", "npu"), "known: onnx_qdq"),
+        ((*_NEW, "--then", "w8a8", "--target", "npu"), "known: onnx_qdq"),
         ((*_NEW, "--student", "none.pt"), "nothing is there"),
         ((*_NEW[:-4], f"{FILE}:Plain", "-o", "made", "--data", "gaussian"), "no BatchNorm"),
     ],

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import sys
 import zipfile
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from ptq.errors import ModelError
 from ptq.graph.blocks import split
@@ -64,11 +66,46 @@ def test_checkpoints_as_training_scripts_write_them(weights, arch, tmp_path):
     _, model = weights
     state = model.state_dict()
     parallel = {f"module.{k}": v for k, v in state.items()}
-    for content in ({"state_dict": state, "epoch": 3}, {"model": parallel}, parallel):
+    compiled = {f"module._orig_mod.{k}": v for k, v in state.items()}
+    averaged = AveragedModel(model).state_dict()
+    for content in (
+        {"state_dict": state, "epoch": 3},
+        {"model": parallel},
+        parallel,
+        compiled,
+        averaged,
+        {"ema": state},
+    ):
         torch.save(content, tmp_path / "c.pt")
         assert torch.equal(load_model(tmp_path / "c.pt", f"{arch}:Net").conv.weight, model.conv.weight)
     save_file(state, str(tmp_path / "c.safetensors"))
     assert torch.equal(load_model(tmp_path / "c.safetensors", f"{arch}:Net").conv.weight, model.conv.weight)
+
+
+def test_a_prefix_that_is_the_networks_own_stays(tmp_path):
+    (tmp_path / "wrapped.py").write_text(
+        NETS + "\nclass Own(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.module = Net()\n    def forward(self, x):\n        return self.module(x)\n"
+    )
+    arch = f"{tmp_path / 'wrapped.py'}:Own"
+    torch.save(build_arch(arch).state_dict(), tmp_path / "own.pt")
+    assert load_model(tmp_path / "own.pt", arch).module.conv.weight.shape == (4, 3, 3, 3)
+
+
+def test_networks_are_float32_and_may_lie_beside_what_they_import(tmp_path):
+    (tmp_path / "beside_them.py").write_text(NETS)
+    (tmp_path / "importing.py").write_text("from beside_them import Net\n\ndef half():\n    return Net().half()\n")
+    arch = f"{tmp_path / 'importing.py'}:half"
+    torch.save(build_arch(arch).state_dict(), tmp_path / "half.pt")
+    loaded = load_model(tmp_path / "half.pt", arch)
+    assert loaded.conv.weight.dtype == torch.float32 and str(tmp_path) not in sys.path
+
+
+def test_a_network_in_a_checkpoint(tmp_path):
+    torch.save({"model": nn.Sequential(nn.Conv2d(3, 4, 3)), "epoch": 3}, tmp_path / "c.pt")
+    assert isinstance(load_model(tmp_path / "c.pt", trust_pickle=True), nn.Sequential)
+    with pytest.raises(ModelError, match="trust-pickle"):
+        load_model(tmp_path / "c.pt")
 
 
 def test_literal_arguments(arch):

@@ -90,7 +90,12 @@ def _added_in_float(row: dict, a: dict[str, np.ndarray]) -> np.ndarray:
     return np.clip(codes, *row["clamp"])
 
 
-NETS = {name: partial(build, name) for name in sorted(ZOO)} | {"gated": _Gated, "rows": _Rows}
+def _flattened() -> nn.Module:
+    """A convolution whose result is moved before it is the network's."""
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, stride=4), nn.Flatten())
+
+
+NETS = {name: partial(build, name) for name in sorted(ZOO)} | {"gated": _Gated, "rows": _Rows, "flattened": _flattened}
 
 
 @pytest.mark.parametrize("bits", ["w8a8", "w4a4", "w2a4"])

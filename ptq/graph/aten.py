@@ -68,6 +68,7 @@ ATEN: dict[str, Callable[[Call], list[Any]]] = {
         "hardswish": F.hardswish, "hardsigmoid": F.hardsigmoid, "sigmoid": torch.sigmoid, "tanh": torch.tanh,
         "gelu": F.gelu, "softplus": F.softplus, "mish": F.mish, "max_pool2d": F.max_pool2d,
         "avg_pool2d": F.avg_pool2d, "adaptive_avg_pool2d": F.adaptive_avg_pool2d,
+        "clamp": torch.clamp, "clamp_min": torch.clamp,
         "mean": torch.mean, "permute": torch.permute, "transpose": torch.transpose, "pad": F.pad,
     }.items()
 } | dict.fromkeys(("flatten", "view", "_unsafe_view", "reshape", "squeeze", "unsqueeze"), spatial.reshape) | dict.fromkeys(
@@ -147,6 +148,9 @@ def _restore(gm: fx.GraphModule) -> None:
         elif name in ("clone", "contiguous", "alias", "detach", "lift_fresh_copy"):
             node.replace_all_uses_with(node.args[0])
             gm.graph.erase_node(node)
+        elif name == "copy" and _alike(*node.args[:2]):  # into a tensor, or a slice, that was written into
+            node.replace_all_uses_with(node.args[1])
+            gm.graph.erase_node(node)
         elif name == "_native_batch_norm_legit_no_training":
             *args, momentum, eps = node.args
             with gm.graph.inserting_before(node):
@@ -159,6 +163,17 @@ def _restore(gm: fx.GraphModule) -> None:
                 gm.graph.erase_node(part)
             gm.graph.erase_node(node)
     gm.recompile()
+
+
+def _alike(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two tensors have one shape and dtype."""
+    first, second = (n.meta.get("val") for n in (a, b))
+    return (
+        isinstance(first, Tensor)
+        and isinstance(second, Tensor)
+        and first.dtype == second.dtype
+        and first.shape == second.shape
+    )
 
 
 def plain(gm: fx.GraphModule) -> fx.GraphModule:

@@ -52,6 +52,7 @@ MOVES = _PLAIN | {
     "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "cat", "stack", "repeat",
 }  # fmt: skip
 
+_LAYERS = ("conv1d", "conv2d", "conv3d", "convolution", "linear", "addmm")
 _PADS = {"pad", "constant_pad_nd"}  # which move if they pad with zeros
 
 Step = tuple[str, tuple[Any, ...], tuple[tuple[str, Any], ...]]
@@ -194,6 +195,17 @@ def float_remainders(gm: fx.GraphModule) -> list[str]:
         if type(module) is FloatRegion:
             names = ", ".join(f"aten.{name}" for name in module.names)
             found.append(f"{names} at {node.meta.get('owner') or node.name.removeprefix('region_')}")
+    return found
+
+
+def layers_in_regions(gm: fx.GraphModule) -> list[str]:
+    """The convolutions and linear layers that float regions hold, "conv2d at stem"."""
+    found = []
+    for node in gm.graph.nodes:
+        module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if type(module) is FloatRegion:
+            place = node.meta.get("owner") or node.name.removeprefix("region_")
+            found += [f"{name} at {place}" for name, _, _ in module.steps if name.partition(".")[0] in _LAYERS]
     return found
 
 

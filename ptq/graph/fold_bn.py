@@ -1,15 +1,19 @@
-"""Folds BatchNorm into the convolution or linear layer before it.
+"""Folds BatchNorm into the convolution, transposed convolution or linear layer before it.
 
     W' = W · γ/√(σ²+ε),   b' = (b - μ) · γ/√(σ²+ε) + β
 
-A BatchNorm with no such layer before it, or whose input is used elsewhere too, stays as a float operation; so does one behind
-a linear layer on tokens, `[B, L, C]`: it normalizes each of the L tokens, not what the layer's rows yield.
+So it does with products and sums of a convolution's channels and constants, which is what a frozen BatchNorm is, and with several
+in a row. A BatchNorm with no such layer before it, or whose input is used elsewhere too, stays as a float operation; so does one
+behind a linear layer on tokens, `[B, L, C]`: it normalizes each of the L tokens, not what the layer's rows yield.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from ptq.graph.channel_axis import channel_axis
+from ptq.graph.layers import AddConstant, MulConstant
 from ptq.graph.ops import BATCH_NORMS, find_op, weighted_nodes
 from ptq.graph.trace import rewrite
 
@@ -20,32 +24,52 @@ def fold_batch_norm(gm: fx.GraphModule) -> fx.GraphModule:
     conv ──(a)──► bn ──(b)──►      →      conv' ──(b)──►
     """
     with rewrite(gm) as out:
-        for node in weighted_nodes(out):
-            users = list(node.users)
-            if len(users) != 1 or users[0].op != "call_module":
-                continue
-            norm = out.get_submodule(str(users[0].target))
-            layer = out.get_submodule(str(node.target))
-            if not isinstance(norm, BATCH_NORMS) or norm.running_var is None:
-                continue
-            if channel_axis(out, node) != 1:
-                continue
-            _fold(layer, norm)
-            node.meta["value"] = users[0].meta["value"]
-            users[0].replace_all_uses_with(node)
-            out.graph.erase_node(users[0])
+        for node in [n for n in out.graph.nodes if (op := find_op(out, n)) is not None and op.name in _TAKES_IN]:
+            while (found := _behind(out, node)) is not None:
+                norm, (gain, shift) = found
+                _fold(out.get_submodule(str(node.target)), gain, shift)
+                node.meta["value"] = norm.meta["value"]
+                norm.replace_all_uses_with(node)
+                out.graph.erase_node(norm)
     return out
 
 
-def _fold(layer: nn.Module, norm: nn.Module) -> None:
+_TAKES_IN = ("conv", "linear", "conv_transpose")
+
+
+def _behind(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, tuple[Tensor, Tensor]] | None:
+    """What alone reads a layer and multiplies and shifts its channels, with gain and shift [C]; None where nothing does so."""
+    users = list(node.users)
+    if len(users) != 1 or users[0].op != "call_module" or channel_axis(gm, node) != 1:
+        return None
+    found = _affine(gm.get_submodule(str(users[0].target)), tuple(node.meta["shape"]))
+    return None if found is None else (users[0], found)
+
+
+def _affine(module: nn.Module, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
     # In float64: a division by a small variance must not cost the digits that the comparison afterwards checks.
-    std = (norm.running_var.double() + norm.eps).sqrt()  # pyright: ignore[reportOperatorIssue]
-    gain = (norm.weight.double() if norm.weight is not None else torch.ones_like(std)) / std  # pyright: ignore[reportOperatorIssue]
-    shift = norm.bias.double() if norm.bias is not None else torch.zeros_like(std)
-    bias = layer.bias.double() if layer.bias is not None else torch.zeros_like(std)
-    weight = layer.weight.double() * gain.reshape(-1, *[1] * (layer.weight.ndim - 1))  # pyright: ignore[reportOperatorIssue]
+    if isinstance(module, BATCH_NORMS) and module.running_var is not None and module.running_mean is not None:
+        std = (module.running_var.double() + module.eps).sqrt()
+        gain = (module.weight.double() if module.weight is not None else torch.ones_like(std)) / std
+        shift = module.bias.double() if module.bias is not None else torch.zeros_like(std)
+        return gain, shift - module.running_mean.double() * gain
+    if isinstance(module, AddConstant | MulConstant) and len(shape) == 3:
+        value = module.value.detach().double()
+        if value.numel() == shape[0] and value.ndim >= 3 and value.shape[-3] == shape[0]:  # [C, 1, 1] or [1, C, 1, 1]
+            flat = value.reshape(-1)
+            return (flat, torch.zeros_like(flat)) if isinstance(module, MulConstant) else (torch.ones_like(flat), flat)
+    return None
+
+
+def _fold(layer: Any, gain: Tensor, shift: Tensor) -> None:
+    weight, bias = layer.weight.double(), layer.bias
+    if isinstance(layer, nn.ConvTranspose2d):  # [in, out / groups, kH, kW], the groups one after another
+        parts = weight.unflatten(0, (layer.groups, -1))
+        weight = (parts * gain.view(layer.groups, 1, -1, 1, 1)).flatten(0, 1)
+    else:
+        weight = weight * gain.reshape(-1, *[1] * (weight.ndim - 1))
     layer.weight = _frozen(weight)
-    layer.bias = _frozen((bias - norm.running_mean.double()) * gain + shift)  # pyright: ignore[reportOperatorIssue]
+    layer.bias = _frozen(shift if bias is None else bias.double() * gain + shift)
 
 
 def _frozen(x: Tensor) -> nn.Parameter:

@@ -146,11 +146,11 @@ def _replace_float(gm: fx.GraphModule, node: fx.Node, student: fx.GraphModule) -
 
 
 def _before_moves(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
-    """The linear layer whose result `node` is, moved about (slices, reshapes), or `node` itself."""
+    """The convolution or linear layer whose result `node` is, moved about (slices, reshapes), or `node` itself."""
     at = node
     while (op := find_op(gm, at)) is not None and op.role == "same" and len(at.all_input_nodes) == 1:
         at = at.all_input_nodes[0]
-    return at if op is not None and op.name == "linear" else node
+    return at if op is not None and op.role == "weighted" else node
 
 
 def _replace_result(gm: fx.GraphModule, node: fx.Node, source: QParams) -> None:

@@ -33,6 +33,13 @@ def _hardtanh(call: Call) -> list[Step]:
     return [nn.ReLU6()]
 
 
+def _clamp(call: Call) -> list[Step]:
+    low, high = call.get(1, "min", None), call.get(2, "max", None)
+    if low != 0 or high not in (None, 6):
+        raise Unsupported(f"clamping to {low}…{high}; from 0 (ReLU), and to 6 (ReLU6), is supported")
+    return [nn.ReLU() if high is None else nn.ReLU6()]
+
+
 def _softplus(call: Call) -> list[Step]:
     beta, threshold = call.get(1, "beta", 1.0), call.get(2, "threshold", 20.0)
     if beta <= 0 or threshold < 15:  # from there on, the function is its argument but for float32's last bit
@@ -55,6 +62,7 @@ FUNCTIONS: dict[Any, Callable[[Call], list[Any]]] = {
     F.interpolate: spatial.resize(),
     F.leaky_relu: _leaky,
     F.hardtanh: _hardtanh,
+    torch.clamp: _clamp,
     F.dropout: _nothing,
     torch.mean: spatial.mean,
     operator.getitem: spatial.getitem,
@@ -91,6 +99,7 @@ FUNCTIONS |= dict.fromkeys((operator.sub, torch.sub), constant.subtract)
 FUNCTIONS |= dict.fromkeys((operator.truediv, torch.div), constant.divide)
 FUNCTIONS |= dict.fromkeys((F.softmax, torch.softmax), constant.softmax(nn.Softmax))
 FUNCTIONS |= dict.fromkeys((F.log_softmax, torch.log_softmax), constant.softmax(nn.LogSoftmax))
+FUNCTIONS |= dict.fromkeys((torch.clip, torch.clamp_min), _clamp)
 FUNCTIONS |= dict.fromkeys((torch.flatten, torch.reshape, torch.squeeze), spatial.reshape)
 
 METHODS: dict[str, Callable[[Call], list[Any]]] = {
@@ -98,11 +107,12 @@ METHODS: dict[str, Callable[[Call], list[Any]]] = {
     "tanh": FUNCTIONS[F.tanh], "mean": spatial.mean, "contiguous": _nothing, "view": spatial.reshape, "reshape": spatial.reshape,
     "flatten": spatial.reshape, "squeeze": spatial.reshape, "permute": spatial.permute, "transpose": spatial.transpose,
     "add": FUNCTIONS[torch.add], "add_": FUNCTIONS[torch.add], "mul": FUNCTIONS[torch.mul], "mul_": FUNCTIONS[torch.mul],
+    **dict.fromkeys(("clamp", "clamp_", "clip", "clip_", "clamp_min", "clamp_min_"), _clamp),
     "sub": constant.subtract, "div": constant.divide,
     "softmax": FUNCTIONS[F.softmax], "log_softmax": FUNCTIONS[F.log_softmax],
 }  # fmt: skip
 
-IN_PLACE = {operator.iadd, operator.imul, torch.relu_, "add_", "mul_", "relu_"}
+IN_PLACE = {operator.iadd, operator.imul, torch.relu_, "add_", "mul_", "relu_", "clamp_", "clip_", "clamp_min_"}
 
 
 def _conv(m: nn.Conv2d) -> list[Any]:

@@ -157,17 +157,21 @@ def _replace(
     for k, step in enumerate(steps):
         with gm.graph.inserting_before(node):
             if isinstance(step, nn.Module):
-                path = (_path(node) if k == named else None) or f"fn_{node.name}" + (f"_{k}" if k else "")
+                own = path = (_path(gm, node, step) if k == named else None) or f"fn_{node.name}" + (
+                    f"_{k}" if k else ""
+                )
                 # A module that is called twice gets a copy per call: each call has its own place in the plan.
                 if path in used:
                     path, step = f"{path}_again_{node.name}", copy.deepcopy(step)
                 used.add(path)
                 gm.add_submodule(path, step)
                 new = gm.graph.call_module(path, tuple(tensors) if isinstance(step, FloatRegion) else (current,))
+                new.meta["module"] = own
             elif step is GATED:
                 new = gm.graph.call_function(operator.mul, (tensors[0], current))
             else:
-                new = gm.graph.call_function(step, *tensor_args(node, step, tensors))
+                rank = len(recorder.calls[node][2].dims)  # type: ignore[union-attr]
+                new = gm.graph.call_function(step, *tensor_args(node, step, tensors, rank))
         new.meta["owner"] = owner
         new.meta["value"] = node.name if k == len(steps) - 1 else f"{node.name}.step{k}"  # no FX name has a dot
         current = new
@@ -175,13 +179,19 @@ def _replace(
     gm.graph.erase_node(node)
 
 
-def _path(node: fx.Node) -> str | None:
-    """Where the module that a node calls, or that it was exported from, stands in the network."""
+def _path(gm: fx.GraphModule, node: fx.Node, step: nn.Module) -> str | None:
+    """Where the module that a node calls, that it was exported from, or that alone computes it, stands in the network."""
     if node.op == "call_module":
         return str(node.target)
     stack = list((node.meta.get("nn_module_stack") or {}).values())
-    path, kind = stack[-1] if stack and aten_name(node.target) else ("", "")
-    return path if path and is_layer(kind) else None
+    path, kind = stack[-1] if stack else ("", "")
+    if not path or aten_name(node.target):
+        return path if path and is_layer(kind) else None
+    try:
+        alone = not list(gm.get_submodule(path).children())  # a convolution of the user's own class
+    except AttributeError:
+        return None
+    return path if alone and isinstance(step, nn.Conv2d | nn.Linear) else None
 
 
 def is_layer(kind: Any) -> bool:
@@ -197,15 +207,17 @@ def _is_sequential(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, nn.Sequential)
 
 
-def tensor_args(node: fx.Node, step: Any, tensors: list[fx.Node]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def tensor_args(node: fx.Node, step: Any, tensors: list[fx.Node], rank: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What a function of the table is called with in a node's place; `tensors`: what the node reads that is no constant.
+
+    rank: dimensions of the result.
 
     Raises:
         ModelError: a concatenation of another kind than of channels.
     """
     if step is torch.cat:
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-        if dim != 1:
+        if dim not in (1, 1 - rank):
             raise ModelError(
                 f"not supported in {node.name}: concatenation along dimension {dim}; channels (1) are supported"
             )

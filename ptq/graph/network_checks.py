@@ -7,11 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel
 
 from ptq.errors import ModelError
 from ptq.graph.aten import is_exported, plain
 from ptq.graph.ops import BATCH_NORMS
 from ptq.graph.source_line import first_line
+
+_FX_OWN = ("graph", "meta", "code")  # attributes of a GraphModule, which modules of the network become too
 
 
 def own_copy(model: Any) -> nn.Module:
@@ -29,6 +32,7 @@ def own_copy(model: Any) -> nn.Module:
             f"the network cannot be copied: {first_line(e)}; remove what it holds beside weights (weight_norm with "
             "remove_weight_norm; locks, open files, generators)"
         ) from e
+    _bake(original)
     _refuse_hooks(original)
     _refuse_broken_weights(original)
     return original
@@ -40,7 +44,7 @@ def _unwrapped(model: Any) -> Any:
     if is_exported(model):
         model = plain(model)
     while True:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel):
             model = model.module
         elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):  # torch.compile's
             model = inner
@@ -58,6 +62,8 @@ def _refuse_kind(model: Any) -> None:
             "the network is TorchScript, which has no Python to trace; give the module that it was made from"
         )
     for path, module in model.named_modules():
+        if path in _FX_OWN:
+            raise ModelError(f"module {path} has a name that a graph of torch.fx has for itself; rename it")
         if any(map(keyword.iskeyword, path.split("."))):
             raise ModelError(f"module {path} is named by a word of Python's own, which a graph cannot hold; rename it")
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
@@ -68,16 +74,30 @@ def _refuse_kind(model: Any) -> None:
                 raise ModelError(f"{full} is on the meta device and has no values; load the weights first")
 
 
+def _bake(model: nn.Module) -> None:
+    """Puts the tensor that a parametrization yields, as weight_norm's and spectral_norm's, in the place of what it yields it from.
+
+    Raises:
+        ModelError: it does not yield one.
+    """
+    for path, module in model.named_modules():
+        if not parametrize.is_parametrized(module):
+            continue
+        try:
+            for name in list(module.parametrizations):  # type: ignore[arg-type]
+                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+        except Exception as e:  # whatever a user's parametrization raises
+            raise ModelError(
+                f"the parametrization of {path or 'the network itself'} cannot be baked in: {first_line(e)}"
+            ) from e
+
+
 def _refuse_hooks(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
             raise ModelError(
                 f"module {path or 'the network itself'} has a forward hook, which a graph cannot hold; remove it "
                 "(spectral_norm is one: use torch.nn.utils.parametrizations.spectral_norm and remove_parametrizations)"
-            )
-        if parametrize.is_parametrized(module):
-            raise ModelError(
-                f"module {path} is parametrized; bake the weight in with torch.nn.utils.parametrize.remove_parametrizations"
             )
 
 

@@ -84,7 +84,8 @@ def make_plan(gm: fx.GraphModule, bits: BitConfig, rules: PlanRules) -> QuantPla
     kept = [n for n in layers if not chosen[n].skip]
     if not kept:
         raise ModelError("every convolution and linear layer is skipped: nothing to quantize")
-    weights = {str(n.target): _weight_spec(n, layers, chosen[n], bits, rules) for n in kept}
+    first, last = edge_layers(gm)
+    weights = {str(n.target): _weight_spec(n, first | last, chosen[n], bits, rules) for n in kept}
     if bits.act is None:
         wide = [str(o) for o in rules.overrides if o.act is not None]
         if wide:
@@ -100,9 +101,9 @@ def make_plan(gm: fx.GraphModule, bits: BitConfig, rules: PlanRules) -> QuantPla
     positive = _nonnegative(gm)
     values: dict[str, QuantSpec] = {}
     shifts = rules.scales == "power_of_two"
-    wide = {input_node(gm)} | (activated(gm, layers[0]) if rules.edges == "brecq" else set())
+    wide = {input_node(gm)}.union(*(activated(gm, n) for n in first if rules.edges == "brecq"))
     for members in groups:
-        width = _width(members, layers, wide, chosen, bits, rules)
+        width = _width(members, layers, last, wide, chosen, bits, rules)
         if rules.activations == "signed":
             spec = QuantSpec(width, signed=True, symmetric=True, power_of_two=shifts)
         else:  # both kinds of grid have unsigned codes; a tensor with negative values has a zero point instead
@@ -117,9 +118,27 @@ def _override(node: fx.Node, rules: PlanRules) -> Override:
     """What the overrides say of a layer, later ones over earlier ones."""
     found = Override(str(node.target))
     for o in rules.overrides:
-        if o.matches(str(node.target)):
+        if names_layer(o, node):
             found = Override(found.pattern, o.weight or found.weight, o.act or found.act, o.skip)
     return found
+
+
+def names_layer(override: Override, node: fx.Node) -> bool:
+    """Whether an override is for a layer: by its path, or, of a module that is called again, by the module's."""
+    return override.matches(str(node.target)) or override.matches(str(node.meta.get("module", node.target)))
+
+
+def edge_layers(gm: fx.GraphModule) -> tuple[set[fx.Node], set[fx.Node]]:
+    """The first layers, before which there is no other, and the last, behind which there is none; of parallel heads, each."""
+    layers = set(weighted_nodes(gm))
+    before, behind = set[fx.Node](), set[fx.Node]()  # nodes with a layer before, or behind them
+    for node in gm.graph.nodes:
+        if any(n in layers or n in before for n in node.all_input_nodes):
+            before.add(node)
+    for node in reversed(gm.graph.nodes):
+        if any(n in layers or n in behind for n in node.users):
+            behind.add(node)
+    return layers - before, layers - behind
 
 
 def _check_overrides(rules: PlanRules, paths: list[str]) -> None:
@@ -131,9 +150,9 @@ def _check_overrides(rules: PlanRules, paths: list[str]) -> None:
 
 
 def _weight_spec(
-    node: fx.Node, layers: list[fx.Node], override: Override, bits: BitConfig, rules: PlanRules
+    node: fx.Node, edges: set[fx.Node], override: Override, bits: BitConfig, rules: PlanRules
 ) -> QuantSpec:
-    edge = rules.edges != "all" and node in (layers[0], layers[-1])
+    edge = rules.edges != "all" and node in edges
     width = override.weight or (bits.edge if edge else bits.weight)
     shifts = rules.scales == "power_of_two"
     return QuantSpec(width, signed=True, symmetric=rules.symmetric(width), axis=0, power_of_two=shifts)
@@ -275,14 +294,14 @@ def _nonnegative(gm: fx.GraphModule) -> dict[fx.Node, bool]:
 
 
 def _width(
-    members: Iterable[fx.Node], layers: list[fx.Node], wide: set[fx.Node], chosen: Mapping[fx.Node, Override],
-    bits: BitConfig, rules: PlanRules,
+    members: Iterable[fx.Node], layers: list[fx.Node], last: set[fx.Node], wide: set[fx.Node],
+    chosen: Mapping[fx.Node, Override], bits: BitConfig, rules: PlanRules,
 ) -> int:  # fmt: skip
     members = set(members)
     enters = [layer for layer in layers if layer.all_input_nodes[0] in members and not chosen[layer].skip]
     asked = [override.act for layer in enters if (override := chosen[layer]).act is not None]
     if asked:  # of layers that share a tensor, the one that needs most
         return max(bits for bits in asked if bits is not None)
-    if members & wide or (rules.edges != "all" and layers[-1] in enters):
+    if members & wide or (rules.edges != "all" and not last.isdisjoint(enters)):
         return bits.edge
     return bits.act if enters and bits.act is not None else rules.adds

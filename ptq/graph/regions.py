@@ -203,7 +203,7 @@ def _lowered(node: fx.Node, marks: Marks) -> list[Any] | None:
     try:
         steps = steps_of(None, node, marks.recorder.calls[node])
         if steps is not None and torch.cat in steps:
-            tensor_args(node, torch.cat, tensors)
+            tensor_args(node, torch.cat, tensors, len(marks.recorder.calls[node][2].dims))
     except (Unsupported, ModelError):
         return None
     # A size of a batch may say where the batch is, and nothing else.

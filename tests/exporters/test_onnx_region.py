@@ -33,6 +33,45 @@ class Between(nn.Module):
         return self.head(self.body(self, F.relu(self.conv(x))).flatten(1))
 
 
+class Clips(nn.Module):
+    """Some pictures a sample, as networks for video have them: the batch of the convolution is none of images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b = x.shape[0]
+        y = self.stem(x.view(b * 2, 3, 16, 16)).relu().mean((2, 3))
+        return self.head(y).view(b, 2, -1).mean(1)
+
+
+def test_layers_in_regions_are_counted_as_float(tmp_path):
+    pairs = images(16).repeat(1, 2, 1, 1)
+    qm = ptq.quantize(Clips(), "w8a8", pairs, rounding="nearest", input_shape=(6, 16, 16))
+    proof = ptq.export(qm, "onnx_qdq", tmp_path / "m.onnx")
+    assert any("conv2d" in name for name in proof["float_layers"])
+
+
+class SliceWriter(nn.Module):
+    """Writes into parts of a tensor, as temporal shifts do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        out = torch.zeros_like(x)
+        out[:, :2], out[:, 2:] = x[:, 1:3], x[:, 2:]
+        return self.last(out)
+
+
+def test_rounding_is_trained_around_writes_into_slices():
+    qm = ptq.quantize(SliceWriter(), "w4a4", images(16), rounding="genie_m:steps=3,batch_size=4", input_shape=SHAPE)
+    assert {block["kept"] for block in qm.manifest.blocks} <= {"fitted", "nearest"}
+
+
 class Reader(nn.Module):
     """Columns of a picture, read in order by a recurrent network, as text is."""
 

@@ -27,6 +27,49 @@ def test_outputs_are_preserved(name: str, device: torch.device):
     assert fold_error(teacher, folded, x) == pytest.approx(error)
 
 
+def _trained(net: nn.Module) -> nn.Module:
+    """With statistics and parameters of its own in every norm."""
+    torch.manual_seed(0)
+    for module in net.modules():
+        for name, low, high in (("running_mean", -1, 1), ("running_var", 0.3, 3), ("weight", 0.3, 3), ("bias", -1, 1)):
+            if hasattr(module, "running_var"):
+                getattr(module, name).data.uniform_(low, high)
+    return net.eval()
+
+
+class FrozenNorm(nn.Module):
+    """BatchNorm as detection networks have it: buffers and arithmetic."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias, mean, var = (
+            v.reshape(1, -1, 1, 1) for v in (self.weight, self.bias, self.running_mean, self.running_var)
+        )
+        scale = weight * (var + 1e-5).rsqrt()
+        return x * scale + (bias - mean * scale)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, FrozenNorm])
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Conv2d(3, 6, 3, groups=3), nn.ConvTranspose2d(3, 6, 2, 2), nn.ConvTranspose2d(3, 6, 3, groups=3, bias=False)],
+    ids=["conv", "transposed", "transposed, in groups"],
+)
+def test_norms_in_a_row_and_frozen_ones_are_folded(layer: nn.Module, norm):
+    net = _trained(nn.Sequential(layer, norm(6), norm(6), nn.ReLU(), nn.Conv2d(6, 4, 1)))
+    teacher = trace(net, SHAPE)
+    folded = fold_batch_norm(teacher)
+    kinds = [type(folded.get_submodule(str(n.target))) for n in folded.graph.nodes if n.op == "call_module"]
+    assert kinds == [type(layer), nn.ReLU, nn.Conv2d]
+    assert fold_error(teacher, folded, images(8)) < _RELATIVE
+    with torch.no_grad():
+        assert relative_error(folded(images(8)), net(images(8))) < _RELATIVE
+
+
 @pytest.mark.parametrize("name", ZOO)
 def test_every_value_is_the_teachers(name: str):
     teacher = trace(build(name), SHAPE)

@@ -1,10 +1,13 @@
 """What a network must be: one line for whatever it is not, and what wraps it for training is taken off."""
 
 import threading
+from collections import OrderedDict
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+from torch.optim.swa_utils import AveragedModel
 
 from ptq.errors import ModelError
 from ptq.graph.trace import trace
@@ -32,6 +35,20 @@ def _set(name: str, value: float) -> nn.Sequential:
     return net
 
 
+class _Failing(nn.Module):
+    """A parametrization that works while gradients are asked for."""
+
+    def forward(self, x):
+        if torch.is_grad_enabled():
+            return x
+        raise RuntimeError("no")
+
+
+def _parametrized(layer: nn.Module, how: nn.Module) -> nn.Module:
+    nn.utils.parametrize.register_parametrization(layer, "weight", how, unsafe=True)
+    return layer
+
+
 class NoInput(nn.Module):
     """Computes something from nothing."""
 
@@ -53,6 +70,9 @@ class NoInput(nn.Module):
         (lambda: _with(lock=threading.Lock()), "cannot be copied"),
         (lambda: nn.Sequential(nn.ModuleDict({"lambda": nn.Conv2d(3, 8, 3)})["lambda"], _with(**{"class": nn.ReLU()})), r"1\.class"),
         (NoInput, "takes no input"),
+        (lambda: nn.Sequential(OrderedDict(code=nn.Conv2d(3, 8, 3))), "module code has a name"),
+        (lambda: nn.Sequential(OrderedDict(graph=nn.Conv2d(3, 8, 3))), "module graph has a name"),
+        (lambda: _parametrized(nn.Conv2d(3, 8, 3), _Failing()), "parametrization of the network itself cannot"),
     ],
 )  # fmt: skip
 def test_what_it_is_not_is_said(make, says: str):
@@ -65,7 +85,19 @@ def _archive(net: nn.Module) -> torch.export.ExportedProgram:
     return torch.export.export(net, (images(2),), dynamic_shapes=({0: torch.export.Dim("batch")},))
 
 
-@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile, _archive])
+@pytest.mark.parametrize("norm", [weight_norm, spectral_norm])
+def test_parametrized_weights_are_baked_in(norm):
+    torch.manual_seed(0)
+    net = nn.Sequential(norm(nn.Conv2d(3, 8, 3)), nn.ReLU(), norm(nn.Linear(14, 5))).eval()
+    with torch.no_grad():
+        wanted = net(images(3))
+        traced = trace(net, SHAPE)
+        assert relative_error(traced(images(3)), wanted) < 1e-5
+    assert nn.utils.parametrize.is_parametrized(net[0]), "the user's network stays as it is"
+    assert type(traced.get_submodule("0")) is nn.Conv2d
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile, _archive, AveragedModel])
 def test_what_wraps_it_is_taken_off(wrap):
     with torch.no_grad():
         assert relative_error(trace(wrap(_net()), SHAPE)(images(3)), _net()(images(3))) < 1e-5

@@ -48,6 +48,10 @@ KNOWN = {
     "windows that all begin before the padding": lambda x: F.max_pool2d(
         x[:, :, :15, :15], 2, padding=1, ceil_mode=True
     ),
+    "a concatenation, dims from behind": lambda x: torch.cat([x[:, :4], x[:, 4:]], dim=-3),
+    "a clamp that is a ReLU": lambda x: x.clamp(min=0),
+    "a clamp that is a ReLU6": lambda x: torch.clamp(x * 10, 0, 6),
+    "a clamp in place that is a ReLU": lambda x: (x * 1).clamp_(0.0) + torch.clip(x, min=0),
     "chunk by name": lambda x: torch.cat([torch.chunk(input=x, chunks=2, dim=1)[k] for k in (1, 0)], 1),
     "an activation by name": lambda x: nn.ReLU(inplace=True)(input=x * 1),
     "nearest-exact as a module": nn.Upsample(scale_factor=2, mode="nearest-exact"),
