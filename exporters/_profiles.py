@@ -75,7 +75,7 @@ PROFILES: dict[str, Profile] = {
     ),
     "qnn": Profile("Qualcomm QNN: 8-bit activations, 4-bit weights as such", narrow="none", weights="packed", symmetric_weights=True),
     "tflite": Profile(
-        "LiteRT rules: signed codes, weights within ±127, one grid across pools and resizing",
+        "LiteRT rules: signed codes, weights within ±127, one grid across pools and resizing (not its fixed grid of sigmoids)",
         container="signed", narrow="none", weights="bytes", symmetric_weights=True, ties="pools",
     ),
     "stm32": Profile(

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, fx
 
 from ptq.errors import ArtifactError, SpecError
@@ -100,7 +100,7 @@ class QuantizedModel:
         rows = {"manifest": asdict(self.manifest), "plan": self.plan.to_json(), "graph": graph_to_json(self.student)}
         write_plan(self.plan, folder / PLAN)
         state = {k: v.detach().cpu().contiguous().clone() for k, v in self.student.state_dict().items()}
-        save_file(state, str(folder / TENSORS))
+        (folder / TENSORS).write_bytes(save(state))  # save_file would let nobody else read it, whatever the umask
         data = sealed(rows, sorted(f for f in folder.iterdir() if f.is_file() and f.name != MANIFEST))
         (folder / MANIFEST).write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -221,7 +221,7 @@ def _check_writable(folder: Path) -> None:
 def whole_folder(folder: Path, overwrite: bool = False, mark: str = MANIFEST) -> Iterator[Path]:
     """Yields a hidden folder to write into; it takes the name `folder` at the end, or vanishes if the body raises."""
     check_free(folder, overwrite, mark)
-    folder = folder.absolute()
+    folder = folder.resolve()  # a link stays one: what it points to is written
     partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
     old = folder.parent / f".{folder.name}.old-{os.getpid()}"
     try:

@@ -260,10 +260,7 @@ def _export(args: argparse.Namespace) -> int:
     path = args.output or _free_name(args.folder, target)
     proof = export(qm, target, path)
     record_proof(path, args.target, proof)
-    if "integer_layers" in proof:
-        print_sections(plain_console(), [proof_section(proof, f"{path}: passed")])
-    else:  # another's exporter has figures of its own
-        plain_console().print(f"{path}: passed")
+    print_sections(plain_console(), [proof_section(proof, f"{path}: passed")])
     if args.vectors is not None:
         plain_console().print(f"{write_vectors(qm, images[: args.vectors], path.parent / 'vectors')}: golden vectors")
     return 0

@@ -121,8 +121,9 @@ def open_pictures(
 ) -> Pictures:
     """The pictures at `path`.
 
-    A folder: image files below it; with sub-folders, each is a class (sorted); without, a leading number in the file
-    name is the class ("0017_cat.jpg"). Pictures of another size are resized on their shorter side and cropped in the middle.
+    A folder: image files below it; with sub-folders, each is a class (by its number, where all are numbers, else sorted); without,
+    a leading number in the file name is the class ("0017_cat.jpg"). Pictures of another size are resized on their shorter side and
+    cropped in the middle.
     An `.npz`: pixels under "x", labels under "y" where there are any. An `.npy`: pixels.
 
     Raises:
@@ -170,6 +171,8 @@ def _folder_labels(root: Path, files: list[Path]) -> Tensor | None:
     if all(parents):
         folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
         index = {name: i for i, name in enumerate(folders)}  # an empty folder is a class too
+        if all(name.isdecimal() and len(name) <= _LONGEST for name in folders):  # which need not all be there
+            index = {name: int(name) for name in folders}
         return torch.tensor([index[name] for name in parents])
     numbers = [re.match(r"\d+", p.name) for p in files]
     if not all(m and len(m.group()) <= _LONGEST for m in numbers):  # longer ones tell the time

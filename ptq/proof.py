@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ptq import plugins
-from ptq.artifact import QuantizedModel, proof_record
+from ptq.artifact import MANIFEST, QuantizedModel, proof_record
 from ptq.contracts import Exporter, make_rng
 from ptq.errors import ExportError
 from ptq.graph.ops import input_node
@@ -21,7 +21,8 @@ def export(qm: QuantizedModel, target: str | Exporter, path: Any, *, images: Ten
     Args:
         qm: a quantized network.
         target: an exporter by name, "onnx_qdq", or an object.
-        path: the file to write; it appears once it is verified or, where it fails, not at all.
+        path: the file to write; it appears once it is verified or, where it fails, not at all. In the folder of a saved network,
+            what was found stands beside it, `model.proof.json`: by that, `ptq eval` knows it.
         images: `[N, C, H, W]` to verify with; default: up to 512 of the calibration images, or noise for a loaded network.
 
     Returns:
@@ -53,6 +54,8 @@ def export(qm: QuantizedModel, target: str | Exporter, path: Any, *, images: Ten
         raise ExportError(f"{path} cannot be written: {e}") from e
     finally:
         partial.unlink(missing_ok=True)
+    if (path.parent / MANIFEST).is_file():
+        record_proof(path, target if isinstance(target, str) else type(target).__name__, proof)
     return proof
 
 

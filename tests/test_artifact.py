@@ -72,6 +72,29 @@ def test_folders_are_not_overwritten_by_accident(saved, tmp_path):
     qm.save(tmp_path / "empty")
 
 
+def test_a_link_stays_a_link(saved, tmp_path):
+    qm, _ = saved
+    (tmp_path / "there").mkdir()
+    for name, end in (("link", "there"), ("dangling", "not_yet"), ("again", "out")):
+        (tmp_path / name).symlink_to(end)
+        qm.save(tmp_path / name, overwrite=name == "again")
+        assert (tmp_path / name).is_symlink() and (tmp_path / end / "manifest.json").is_file()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "dangling", "link", "not_yet", "out", "there"]
+
+
+def test_whoever_reads_one_file_reads_all(saved):
+    assert len({file.stat().st_mode for file in saved[1].iterdir()}) == 1
+
+
+def test_what_python_exports_is_vouched_for(saved):
+    qm, folder = saved
+    ptq.export(qm, "onnx_qdq", folder / "model.onnx")
+    assert check_written(folder, folder / "model.onnx")
+    _flip(folder / "model.onnx")
+    with pytest.raises(ptq.ArtifactError, match="is not the file"):
+        check_written(folder, folder / "model.onnx")
+
+
 def test_interrupted_writing_leaves_what_was_there(saved, tmp_path):
     before = (saved[1] / "manifest.json").read_bytes()
     with pytest.raises(KeyboardInterrupt), whole_folder(saved[1], overwrite=True) as partial:

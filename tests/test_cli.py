@@ -257,6 +257,15 @@ def _spoil(verify):
     return lambda *args: verify(*args) | {"passed": False, "failure": "spoilt"}
 
 
+@pytest.mark.parametrize("passed", [True, False])
+def test_an_exporter_that_says_no_more_than_it_must(passed: bool, work, capsys, monkeypatch):
+    found = {"passed": passed, "failure": None if passed else "not today"}
+    monkeypatch.setattr("ptq.exporters.onnx_qdq.OnnxQdq.verify", lambda *args: found)
+    assert quantize() == (0 if passed else 1)
+    shown = capsys.readouterr()
+    assert ("passed" in shown.out) if passed else ("not today" in shown.err and Path("out.failed").is_dir())
+
+
 def test_interrupted_run_leaves_no_output_and_goes_on(work, capsys, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt

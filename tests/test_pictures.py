@@ -114,6 +114,14 @@ def test_folders_of_classes_keep_their_numbers(tmp_path):
     assert pictures.labels is not None and pictures.labels.tolist() == [0, 2]
 
 
+def test_folders_named_by_numbers_are_these_classes(tmp_path):
+    for name in ("0", "2", "10"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(_pixels(1)[0]).save(tmp_path / name / "picture.png")
+    pictures = open_pictures(tmp_path, SHAPE, MEAN, STD)
+    assert pictures.labels is not None and sorted(pictures.labels.tolist()) == [0, 2, 10]
+
+
 def test_names_that_tell_the_time_are_no_classes(tmp_path):
     Image.fromarray(_pixels(1)[0]).save(tmp_path / "20261122033000123456.png")
     pictures = open_pictures(tmp_path, SHAPE, MEAN, STD)
