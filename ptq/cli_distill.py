@@ -91,6 +91,7 @@ def _quantized(args: argparse.Namespace, console: Console) -> None:
     with shown(args.quiet, console) as feedback:
         given = _common(args, feedback, pictures)
         qm = distill_quantized(model, qm, data, teachers=further(args), seed=args.seed, **given)
+    qm = replace(qm, manifest=replace(qm.manifest, recipe=qm.manifest.recipe | {"target": args.target}))
     runs = {"float": runner(model, _CPU), "distilled": runner(qm.graph, _CPU)} if pictures is not None else {}
     qm, sections = write_network(qm, model, args.output, args.force, target, pictures, runs)
     forget_progress(args)
@@ -204,7 +205,7 @@ def _write_student(
         forget_progress(args)
         _say(args, facts, sections, console)
         return
-    origin = where_from(args.output / STUDENT, args.student_arch or args.arch)
+    origin = where_from(args.output / STUDENT, args.student_arch or args.arch) | {"target": args.target}
     qm = replace(qm, manifest=replace(qm.manifest, recipe=qm.manifest.recipe | origin))
     target = target_of(args)
     floats = {"teacher": runner(model, _CPU), "student, float": runner(found.student, _CPU)}

@@ -126,6 +126,7 @@ def quantize(
     networks, folded = run.timed("trace", _prepare, model, teachers, run, asked.mends)
     planned = _planned(folded, asked)
     images_from = settle_source(asked.data, networks, run, effort)
+    told = describe_asked(data, images_from, effort)
     labelled = open_labelled(report_on, run, classes_of(folded))
     check_fisher(asked.method, folded)
     trainer, how = (None, None) if distill is None else prepare_distillation(distill, data, images_from, effort)
@@ -146,7 +147,7 @@ def quantize(
         metrics["course"] = course.to_json()
     metrics |= run.timed("comparison", _compare, networks[0], student, graph, images, run)
     recipe = asked.recipe() | {
-        "data": describe_asked(data, images_from, effort), "distill": None if how is None else plugins.describe_options(how),
+        "data": told, "distill": None if how is None else plugins.describe_options(how),
         "seed": seed, "device": str(device), "further_teachers": len(teachers),
     }  # fmt: skip
     manifest = Manifest(

@@ -78,7 +78,8 @@ def build(kind: Kind, text: str, effort: str = "full", *, training: bool = False
     cls = load(kind, name)
     rest, then = _apart(rest)
     options = dict(cls.presets.get(effort, {})) | (getattr(cls, "in_training", {}) if training else {}) | given
-    options |= read_options(cls, name, rest, effort) | read_options(cls, name, then if training else "", effort)
+    inside = read_options(cls, name, then, effort)
+    options |= read_options(cls, name, rest, effort) | (inside if training else {})
     for key, least in (("count", 1), ("batch_size", 1), ("steps", 1 if kind == "calibrators" else 0), *_POSITIVE):
         if options.get(key, least) < least:
             raise PluginError(f"option {key}={options[key]} of {name}: at least {least} is needed")

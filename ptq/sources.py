@@ -177,7 +177,8 @@ def settle_source(
     for part in getattr(source, "sources", (source,)):
         missing = [need for need in getattr(part, "needs", ()) if need not in has]
         if missing:
-            raise CalibrationError(_refusal(plugins.describe(part).partition(":")[0], missing[0], has, option))
+            name = plugins.describe(part).partition(":")[0] if _has_options(part) else type(part).__name__
+            raise CalibrationError(_refusal(name, missing[0], has, option))
     return source
 
 
@@ -216,6 +217,8 @@ def describe_asked(data: Data, source: Any, effort: str) -> str:
     if not own or not isinstance(data, str):
         return text
     trainer = build_source(data, effort, training=True)
+    if isinstance(trainer, str):  # "auto": what it stands for is built anew
+        return text
     then = [f"{name}={getattr(trainer, name)}" for name in own if getattr(trainer, name) != getattr(source, name)]
     return f"{text},training=({','.join(then)})" if then else text
 

@@ -94,6 +94,7 @@ def test_and_then_it_is_quantized(work, capsys):
         assert word in shown, word
     assert {"student.pt", "model.onnx", "distillation.json", "report.md"} <= {p.name for p in Path("made").iterdir()}
     assert main(["eval", "made", "--val", "val.npz", "--json"]) == 0
+    assert ptq.load("made").manifest.recipe["target"] == "onnx_qdq"
     recipe = [
         "quantize",
         "made/student.pt",

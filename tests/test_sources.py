@@ -91,6 +91,39 @@ def test_a_data_set_has_paths_of_its_own():
     assert torch.equal(ptq.synthesize(build("residual"), _Folder(), input_shape=SHAPE).images, images(4))
 
 
+class _Bare:
+    """A source without options, that somebody brings as an object."""
+
+    needs, paper, teacher_bn, synthetic, presets, count, batch_size = ("BatchNorm",), "", "running", True, {}, 4, 4
+
+    def batches(self, ctx):
+        yield images(4)
+
+
+def test_a_source_without_options_is_refused_by_its_name():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(784, 10))
+    with pytest.raises(ptq.CalibrationError, match="_Bare draws on"):
+        ptq.synthesize(net, _Bare(), input_shape=SHAPE)
+    assert len(ptq.synthesize(build("residual"), _Bare(), input_shape=SHAPE).images) == 4
+
+
+def test_auto_where_noise_is_all_there_is():
+    """Noise is made otherwise for students; "auto" has nothing to say of that."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    qm = ptq.quantize(net, "w8a8", "auto:count=8", rounding="nearest", input_shape=SHAPE)
+    assert qm.manifest.recipe["data"].startswith("gaussian:")
+
+
+def test_options_in_training_are_read_before_any_work():
+    made: list[int] = []
+    with pytest.raises(ptq.PtqError, match="stps"):
+        ptq.quantize(
+            build("residual"), "w8a8", "nayer:count=8,steps=1,latent=8,training=(stps=3)", rounding="nearest",
+            input_shape=SHAPE, feedback=Feedback(loss=lambda step, value: made.append(step)),
+        )  # fmt: skip
+    assert not made
+
+
 def test_similarity_of_batches_in_a_list():
     x = images(8)
     listed, whole = (ptq.data_similarity(build("residual"), data, input_shape=SHAPE) for data in ([x[:4], x[4:]], x))

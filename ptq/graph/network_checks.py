@@ -80,16 +80,22 @@ def _bake(model: nn.Module) -> None:
     Raises:
         ModelError: it does not yield one.
     """
-    for path, module in model.named_modules():
+    for path, module in list(model.named_modules()):
         if not parametrize.is_parametrized(module):
             continue
         try:
-            for name in list(module.parametrizations):  # type: ignore[arg-type]
-                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+            with torch.no_grad():
+                found = {name: getattr(module, name).detach().clone() for name in module.parametrizations}  # type: ignore[union-attr]
         except Exception as e:  # whatever a user's parametrization raises
             raise ModelError(
                 f"the parametrization of {path or 'the network itself'} cannot be baked in: {first_line(e)}"
             ) from e
+        # torch's remove_parametrizations would take them from the class, which the user's own network shares.
+        kind = parametrize.type_before_parametrizations(module)
+        del module._modules["parametrizations"]
+        module.__class__ = kind
+        for name, tensor in found.items():
+            module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
 
 def _refuse_hooks(model: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """What a network must be: one line for whatever it is not, and what wraps it for training is taken off."""
 
+import copy
 import threading
 from collections import OrderedDict
 
@@ -93,8 +94,13 @@ def test_parametrized_weights_are_baked_in(norm):
         wanted = net(images(3))
         traced = trace(net, SHAPE)
         assert relative_error(traced(images(3)), wanted) < 1e-5
-    assert nn.utils.parametrize.is_parametrized(net[0]), "the user's network stays as it is"
+        assert torch.equal(net(images(3)), wanted), "the user's network stays as it is"
+        assert relative_error(trace(net, SHAPE)(images(3)), wanted) < 1e-5, "and can be traced again"
     assert type(traced.get_submodule("0")) is nn.Conv2d
+    twin = norm(nn.Conv2d(3, 3, 3, padding=1))
+    twice = nn.Sequential(twin, copy.deepcopy(twin)).eval()
+    with torch.no_grad():
+        assert relative_error(trace(twice, SHAPE)(images(3)), twice(images(3))) < 1e-5
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile, _archive, AveragedModel])
