@@ -32,7 +32,7 @@ from ptq.graph.trace import tensors_of, trace
 from ptq.loading import load_model
 from ptq.pictures import Pictures
 from ptq.pipeline import quantize
-from ptq.proof import export, proof_images, record_proof
+from ptq.proof import proof_images, record_proof, write_verified
 from ptq.report import Section, course_sections, plan_sections, print_sections, proof_section
 from ptq.spec import BitConfig, Override, PlanRules
 from ptq.terminal import plain_console, shown
@@ -113,9 +113,10 @@ def _settle(args: argparse.Namespace) -> None:
         if found["bits"] == "plan" and args.bits is None and args.plan is None:
             args.plan = args.recipe  # a manifest holds its plan
         recipe |= found | {"bits": _RECIPE["bits"] if found["bits"] == "plan" else found["bits"]}
-    if args.plan is not None and given:
-        raise SpecError(f"--{given[0]} and a plan given; a plan says every width and grid already")
     if args.plan is not None:
+        if given:
+            raise SpecError(f"--{given[0]} and a plan given; a plan says every width and grid already")
+        read_plan(args.plan)  # before any work is spent
         recipe["layers"] = None  # which the plan takes the place of
     for name, setting in recipe.items():
         if getattr(args, name, None) is None:
@@ -124,8 +125,6 @@ def _settle(args: argparse.Namespace) -> None:
     for name in ("finish", "distill"):
         if getattr(args, name, None) == "none":
             setattr(args, name, None)
-    if args.plan is not None:
-        read_plan(args.plan)  # before any work is spent
     if args.input_shape is None:
         raise SpecError("the input shape is missing; give --input-shape C,H,W, as in --input-shape 3,224,224")
 
@@ -183,7 +182,7 @@ def _quantize(args: argparse.Namespace) -> int:
             feedback=feedback,
             **common,
         )
-    said = where_from(args.model, args.arch) | {"target": args.target}
+    said = where_from(args.model, args.arch, args.target)
     qm = replace(qm, manifest=replace(qm.manifest, recipe=qm.manifest.recipe | said))
     runs = _baselines(model, qm, args, common) if pictures is not None else {}
     qm, sections = write_network(qm, model, args.output, args.force, target, pictures, runs)
@@ -258,7 +257,7 @@ def _export(args: argparse.Namespace) -> int:
         raise SpecError(f"golden vectors on {args.vectors} images asked for; 1 to {len(images)} can be had")
     target = plugins.build("exporters", args.target)
     path = args.output or _free_name(args.folder, target)
-    proof = export(qm, target, path)
+    proof = write_verified(qm, target, path)
     record_proof(path, args.target, proof)
     print_sections(plain_console(), [proof_section(proof, f"{path}: passed")])
     if args.vectors is not None:

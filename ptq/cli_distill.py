@@ -205,7 +205,7 @@ def _write_student(
         forget_progress(args)
         _say(args, facts, sections, console)
         return
-    origin = where_from(args.output / STUDENT, args.student_arch or args.arch) | {"target": args.target}
+    origin = where_from(args.output / STUDENT, args.student_arch or args.arch, args.target)
     qm = replace(qm, manifest=replace(qm.manifest, recipe=qm.manifest.recipe | origin))
     target = target_of(args)
     floats = {"teacher": runner(model, _CPU), "student, float": runner(found.student, _CPU)}

@@ -43,9 +43,9 @@ class Again:
 TARGET = "onnx_qdq"  # where nothing else is said
 
 
-def where_from(model: Path, arch: str | None) -> dict[str, Any]:
-    """What a recipe says of the float network's file, as it was named; `ptq distill` looks there for the teacher."""
-    return {"model": str(model), "arch": arch}
+def where_from(model: Path, arch: str | None, target: str) -> dict[str, Any]:
+    """What a recipe says of the float network's file, as it was named where `ptq distill` looks for the teacher, and of the target."""
+    return {"model": str(model), "arch": arch, "target": target}
 
 
 def target_of(args: argparse.Namespace) -> Exporter | None:

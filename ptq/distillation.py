@@ -25,7 +25,7 @@ from ptq.evaluate import likeness, runner, top1
 from ptq.graph.batch_statistics import use_batch_statistics
 from ptq.graph.fold_bn import fold_batch_norm
 from ptq.pictures import Pictures
-from ptq.run import Run, floats, start_run
+from ptq.run import Run, floats, outside_inference_mode, start_run
 from ptq.sources import Data, build_source, describe_data, gather, settle_source, trace_all
 from ptq.training import Training
 from ptq.training_setup import (
@@ -70,7 +70,7 @@ class Distilled:
     notes: tuple[str, ...]
 
 
-@torch.inference_mode(False)  # within which callers may be: nothing could be trained there
+@outside_inference_mode
 def distill(
     model: nn.Module,
     student: nn.Module,
@@ -165,7 +165,7 @@ def _restored(student: nn.Module, source: Any, networks: tuple[fx.GraphModule, .
     return images
 
 
-@torch.inference_mode(False)  # within which callers may be: nothing could be trained there
+@outside_inference_mode
 def distill_quantized(
     model: nn.Module,
     qm: QuantizedModel,

@@ -7,7 +7,8 @@ import pickle
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -115,15 +116,23 @@ def _read(path: Path, trust_pickle: bool) -> Any:
 
 
 def _unpickle(path: Path) -> Any:
-    sys.path.insert(0, str(Path.cwd()))
     try:
-        return torch.load(path, map_location="cpu", weights_only=False)
+        with _importable(Path.cwd()):
+            return torch.load(path, map_location="cpu", weights_only=False)
     except (Exception, SystemExit) as e:  # unpickling runs the file's own code, which may raise anything
         raise ModelError(
             f"{path} cannot be unpickled: {type(e).__name__}: {_line(e)}; is the code it was saved with importable?"
         ) from e
+
+
+@contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """Within it, modules in a folder can be imported."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
     finally:
-        sys.path.remove(str(Path.cwd()))
+        sys.path.remove(str(folder))
 
 
 def _line(e: BaseException) -> str:
@@ -214,11 +223,8 @@ def _factory(where: str, name: str, arch: str) -> Callable[..., Any]:
         elif where.endswith(".py"):
             module = _import_file(Path(where))
         else:
-            sys.path.insert(0, str(Path.cwd()))
-            try:
+            with _importable(Path.cwd()):
                 module = importlib.import_module(where)
-            finally:
-                sys.path.remove(str(Path.cwd()))
         found: Any = module
         for part in name.split("."):
             found = getattr(found, part)
@@ -240,12 +246,8 @@ def _import_file(path: Path) -> Any:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(path.stem, module)  # dataclasses and pickle look modules up by name
-    beside = str(path.absolute().parent)  # what it imports may lie there, as where it is run as a script
-    sys.path.insert(0, beside)
-    try:
+    with _importable(path.absolute().parent):  # as where it is run as a script
         spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(beside)
     return module
 
 

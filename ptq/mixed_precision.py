@@ -26,7 +26,7 @@ from ptq.graph.fold_bn import fold_batch_norm
 from ptq.graph.ops import weighted_nodes
 from ptq.graph.plan import QuantPlan, activated, edge_layers, make_plan, names_layer
 from ptq.quant.ranges import Estimator, estimators
-from ptq.run import start_run
+from ptq.run import outside_inference_mode, start_run
 from ptq.sensitivity import WIDTHS, Cost, activation_costs, noise_of, weight_costs
 from ptq.sources import Data, build_source, gather, settle_source, trace_all
 from ptq.spec import BitConfig, Budget, Override, PlanRules, QuantSpec
@@ -250,7 +250,7 @@ class BitSensitivity:
     bops: float = 0.0
 
 
-@torch.inference_mode(False)  # within which callers may be: nothing could be trained there
+@outside_inference_mode
 def bit_sensitivity(
     model: nn.Module,
     data: Data = "auto",

@@ -28,7 +28,7 @@ from ptq.mixed_precision import first_plan, plan_within
 from ptq.reconstruct._loop import BlockReport, reconstruct_blocks
 from ptq.reconstruct._repair import mend
 from ptq.request import Request, resolve
-from ptq.run import Run, floats, start_run
+from ptq.run import Run, floats, outside_inference_mode, start_run
 from ptq.sources import Data, describe_asked, gather, settle_source, trace_all
 from ptq.spec import BitConfig, Budget, Override, Repair
 from ptq.training import Training
@@ -38,7 +38,7 @@ _FOLD_TOLERANCE = 1e-5  # relative; folding in float64 costs one rounding of eac
 _EQUAL_TOLERANCE = 1e-3  # likewise; equalized channels differ by orders of magnitude in what they round
 
 
-@torch.inference_mode(False)  # within which callers may be: nothing could be trained there
+@outside_inference_mode
 def quantize(
     model: nn.Module,
     bits: str | BitConfig | Budget = "w8a8",

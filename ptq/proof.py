@@ -31,9 +31,15 @@ def export(qm: QuantizedModel, target: str | Exporter, path: Any, *, images: Ten
     Raises:
         ExportError: the network cannot be written for the target, or the file does not compute what was simulated.
     """
+    exporter, path = plugins.build("exporters", target) if isinstance(target, str) else target, Path(path)
+    proof = write_verified(qm, exporter, path, images)
+    if (path.parent / MANIFEST).is_file():
+        record_proof(path, target if isinstance(target, str) else type(target).__name__, proof)
+    return proof
 
-    exporter = plugins.build("exporters", target) if isinstance(target, str) else target
-    path = Path(path)
+
+def write_verified(qm: QuantizedModel, exporter: Exporter, path: Path, images: Tensor | None = None) -> dict[str, Any]:
+    """`export` without a record of what was found."""
     if path.is_dir():
         raise ExportError(f"{path} is a folder; name the file to write")
     try:
@@ -54,8 +60,6 @@ def export(qm: QuantizedModel, target: str | Exporter, path: Any, *, images: Ten
         raise ExportError(f"{path} cannot be written: {e}") from e
     finally:
         partial.unlink(missing_ok=True)
-    if (path.parent / MANIFEST).is_file():
-        record_proof(path, target if isinstance(target, str) else type(target).__name__, proof)
     return proof
 
 

@@ -12,6 +12,9 @@ from torch import Tensor
 from ptq.contracts import Feedback
 from ptq.errors import SpecError
 
+# Of functions that train something: their callers may be within torch.inference_mode, where nothing can be.
+outside_inference_mode = torch.inference_mode(False)
+
 
 @dataclass
 class Run:

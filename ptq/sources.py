@@ -18,7 +18,7 @@ from ptq.graph.ops import find_op, output_node
 from ptq.graph.taps import batch_norms
 from ptq.graph.trace import trace
 from ptq.integrity import file_sum
-from ptq.run import Run, floats, start_run
+from ptq.run import Run, floats, outside_inference_mode, start_run
 from ptq.similarity import Similarity, similarity
 
 Data = str | Calibrator | Tensor | Dataset | Iterable[Any]
@@ -42,7 +42,7 @@ class Synthesis:
     notes: tuple[str, ...]
 
 
-@torch.inference_mode(False)  # within which callers may be: nothing could be trained there
+@outside_inference_mode
 def synthesize(
     model: nn.Module,
     data: str | Calibrator = "auto",
@@ -80,7 +80,7 @@ def synthesize(
     return Synthesis(images, describe_data(source), steps, clipped, run.seconds["synthesis"], tuple(run.notes))
 
 
-@torch.inference_mode(False)  # within which callers may be: nothing could be trained there
+@outside_inference_mode
 def data_similarity(
     model: nn.Module,
     data: Data,

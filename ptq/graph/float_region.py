@@ -10,7 +10,7 @@ only operations that read tensors and numbers and yield tensors can be called (`
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -189,24 +189,21 @@ def _argument(a: Any, values: Sequence[Any], constants: Sequence[Tensor]) -> Any
 
 def float_remainders(gm: fx.GraphModule) -> list[str]:
     """The float regions of a network, "aten.cumsum at blocks.0.attn": what they compute, and the module or the value."""
-    found = []
-    for node in gm.graph.nodes:
-        module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if type(module) is FloatRegion:
-            names = ", ".join(f"aten.{name}" for name in module.names)
-            found.append(f"{names} at {node.meta.get('owner') or node.name.removeprefix('region_')}")
-    return found
+    return [f"{', '.join(f'aten.{name}' for name in region.names)} at {place}" for region, place in _regions(gm)]
 
 
 def layers_in_regions(gm: fx.GraphModule) -> list[str]:
     """The convolutions and linear layers that float regions hold, "conv2d at stem"."""
-    found = []
+    steps = [(name, place) for region, place in _regions(gm) for name, _, _ in region.steps]
+    return [f"{name} at {place}" for name, place in steps if name.partition(".")[0] in _LAYERS]
+
+
+def _regions(gm: fx.GraphModule) -> Iterator[tuple[FloatRegion, str]]:
+    """The float regions, and the module or the value where each stands."""
     for node in gm.graph.nodes:
         module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
         if type(module) is FloatRegion:
-            place = node.meta.get("owner") or node.name.removeprefix("region_")
-            found += [f"{name} at {place}" for name, _, _ in module.steps if name.partition(".")[0] in _LAYERS]
-    return found
+            yield module, node.meta.get("owner") or node.name.removeprefix("region_")
 
 
 def is_move(steps: tuple[Step, ...], inputs: int, constants: int) -> bool:
