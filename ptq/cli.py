@@ -297,7 +297,7 @@ def _list(args: argparse.Namespace) -> int:
         ("finishers", "Joint passes (--finish)"), ("exporters", "Targets (--target)"),
     )  # fmt: skip
     for kind, title in kinds:
-        found = {name: plugins.load(kind, name) for name in plugins.names(kind)}
+        found = plugins.classes(kind)
         heads = ["needs", "cost", "paper"] if kind == "calibrators" else []
         rows = [
             [
@@ -317,6 +317,9 @@ def _list(args: argparse.Namespace) -> int:
             Section("Their options", ["name", "options"], options),
         ]
         print_sections(plain_console(), sections)
+        for name in plugins.names(kind):
+            if why := plugins.why_not(kind, name):
+                print(f"ptq: {why}", file=sys.stderr)
     return 0
 
 

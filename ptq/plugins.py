@@ -5,6 +5,7 @@ distributions add theirs through the entry-point groups `ptq.calibrators`, `ptq.
 `ptq.finishers` and `ptq.exporters`.
 """
 
+import contextlib
 import difflib
 import importlib
 import math
@@ -46,22 +47,46 @@ def _external(kind: Kind) -> dict[str, EntryPoint]:
     return {e.name: e for e in entry_points(group=f"ptq.{kind}")}
 
 
+def classes(kind: Kind) -> dict[str, type]:
+    """The options classes of a kind's plug-ins by name, without those that cannot be imported."""
+    found = {}
+    for name in names(kind):
+        with contextlib.suppress(PluginError):
+            found[name] = load(kind, name)
+    return found
+
+
+def why_not(kind: Kind, name: str) -> str:
+    """Why a plug-in cannot be imported; nothing where it can."""
+    try:
+        load(kind, name)
+    except PluginError as e:
+        return str(e)
+    return ""
+
+
 def load(kind: Kind, name: str) -> type:
     """The options class of a plug-in.
 
     Raises:
-        PluginError: there is no plug-in of that name.
+        PluginError: there is no plug-in of that name, or it cannot be imported.
     """
     known = names(kind)
     if name not in known:
-        known += [a for plugin in known for a in getattr(load(kind, plugin), "aliases", {})]
+        known += [alias for cls in classes(kind).values() for alias in getattr(cls, "aliases", {})]
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise PluginError(f"unknown {kind.removesuffix('s')} {name!r}; known: {', '.join(known)}{hint}")
-    if name in (external := _external(kind)):
-        return external[name].load()
-    module = importlib.import_module(f"{_PACKAGES[kind]}.{name}")
-    return getattr(module, module.__all__[0])
+    try:
+        if name in (external := _external(kind)):
+            return external[name].load()
+        module = importlib.import_module(f"{_PACKAGES[kind]}.{name}")
+        return getattr(module, module.__all__[0])
+    except Exception as e:  # whatever the code of others does
+        said = f"{type(e).__name__}: {e}".splitlines()[0]
+        raise PluginError(
+            f"{kind.removesuffix('s')} {name!r} cannot be imported ({said}); mend it or take it away"
+        ) from e
 
 
 def build(kind: Kind, text: str, effort: str = "full", *, training: bool = False) -> Any:
@@ -124,10 +149,9 @@ def _apart(text: str) -> tuple[str, str]:
 
 def _alias(kind: Kind, name: str) -> tuple[str, dict[str, Any]]:
     """A plug-in and options that `name` stands for; itself where it is a plug-in, or where nothing knows it."""
-    known = names(kind)
-    if name not in known:
-        for plugin in known:
-            if name in (aliases := getattr(load(kind, plugin), "aliases", {})):
+    if name not in names(kind):
+        for plugin, cls in classes(kind).items():
+            if name in (aliases := getattr(cls, "aliases", {})):
                 return plugin, dict(aliases[name])
     return name, {}
 

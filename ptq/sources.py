@@ -193,7 +193,7 @@ def _refusal(name: str, missing: str, has: set[str], option: str) -> str:
         "BatchNorm": "draws on the network's BatchNorm statistics, and the network has none",
         "classes": "needs a classifier, [B, classes] out, and the network's output has another shape",
     }
-    fit = [n for n in plugins.names("calibrators") if n != "mix" and set(plugins.load("calibrators", n).needs) <= has]
+    fit = [name for name, cls in plugins.classes("calibrators").items() if name != "mix" and set(cls.needs) <= has]
     return (
         f"{name} {why[missing]}; sources that serve it: {', '.join(fit)}, as in '{option} {fit[0]}', or '{option} auto'"
     )

@@ -93,7 +93,7 @@ def check_feed(how: Training, source: Any) -> None:
     """Raises SpecError where images are to be made in training by a source that makes a fixed set."""
     its: Training | None = getattr(source, "training", None)
     if how.feed != "set" and (its is None or its.feed == "set"):
-        able = [n for n in plugins.names("calibrators") if hasattr(plugins.load("calibrators", n), "training")]
+        able = [name for name, cls in plugins.classes("calibrators").items() if hasattr(cls, "training")]
         raise SpecError(
             f"feed={how.feed} asked for, of a source that makes a fixed set; those that make images while a student is "
             f"trained: {', '.join(able)}"

@@ -3,12 +3,14 @@
 import pkgutil
 from dataclasses import MISSING, FrozenInstanceError, fields, is_dataclass, replace
 from importlib import import_module
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import get_args
 
 import pytest
 
 from ptq import plugins
+from ptq.cli import main
 from ptq.contracts import EFFORTS
 from ptq.errors import PluginError, PtqError
 
@@ -165,3 +167,19 @@ def test_shared_machinery_is_no_plug_in():
     for package in ("ptq.calibrators", "ptq.reconstruct", "ptq.exporters"):
         hidden = [m.name for m in pkgutil.iter_modules(import_module(package).__path__) if m.name.startswith("_")]
         assert hidden and not set(hidden) & {name for _, name in ALL}
+
+
+def test_a_broken_plug_in_is_named_and_leaves_the_others_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    (tmp_path / "broken_source.py").write_text("import a_module_that_is_not_there\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    entry = EntryPoint("broken", "broken_source:Broken", "ptq.calibrators")
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [entry] if group == entry.group else [])
+    with pytest.raises(PluginError, match=r"calibrator 'broken' cannot be imported.*a_module_that_is_not_there"):
+        plugins.build("calibrators", "broken")
+    assert {"broken"} == set(plugins.names("calibrators")) - set(plugins.classes("calibrators"))
+    with pytest.raises(PluginError, match="did you mean 'gaussian'"):
+        plugins.build("calibrators", "gausian")
+    assert main(["list"]) == 0
+    assert "calibrator 'broken' cannot be imported" in capsys.readouterr().err
