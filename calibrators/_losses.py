@@ -31,7 +31,7 @@ def moment_loss(taps: Taps) -> Tensor:
 
 
 def _moment_distance(tap: Tap) -> Tensor:
-    s, sigma = (tap.var + EPS).sqrt(), (tap.running_var + tap.norm.eps).sqrt()  # type: ignore[operator]
+    s, sigma = (tap.var + EPS).sqrt(), (tap.running_var + EPS).sqrt()
     return (tap.mean - tap.running_mean).square().mean() + (s - sigma).square().mean()
 
 

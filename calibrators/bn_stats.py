@@ -4,6 +4,7 @@
     J_KL = mean over layers and channels of KL( N(μ_l, σ_l²) ‖ N(m_l, s_l²) ),   the input as one more layer
 
 Ref: Haroush et al., The Knowledge Within, CVPR 2020, §3.3, §3.4, eq. 1-3, algorithm 1.
+Differs: classes are drawn in equal numbers, where the algorithm draws each on its own.
 """
 
 from collections.abc import Callable, Iterator

@@ -3,6 +3,7 @@
     min over x of   exp( -logit[target] / scale ) + β · MSE( x, smooth(x) )
 
 Ref: Haroush et al., The Knowledge Within, CVPR 2020, §3.2, algorithm 1 with γ = 0.
+Differs: classes are drawn in equal numbers, where the algorithm draws each on its own.
 """
 
 from collections.abc import Callable, Iterator

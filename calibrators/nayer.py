@@ -39,7 +39,8 @@ class Nayer:
     count: images. batch_size: images a round. steps: generator steps a round, g. lr: Adam's rate. latent: size of the noisy
     layer's output. a_cls, a_bn, a_adv: weights of the three terms; the last counts where a student is being trained, and
     only images on which it agrees with the teacher. momentum: share of earlier rounds in the statistics that the BN term
-    compares with the training images', as in the authors' program. reset: rounds a generator lives. warmup: rounds of each
+    compares with the training images', as in the authors' program; where a student is trained, it starts again with the first
+    round that looks at the student. reset: rounds a generator lives. warmup: rounds of each
     generator that give no images. pad: border of the random crop before the networks, in pixels.
     input: "labels", or for comparison "one_hot" (the same through one-hot labels), "noise" (N(0, 1) straight into the
     generator, drawn in every step) and "latents" (the same, drawn once a round). noisy: "shared", one noisy layer for each set

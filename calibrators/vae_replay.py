@@ -194,15 +194,23 @@ class _Run:
         self.adam_memory.step()
 
     def _replay(self, size: int, rng: torch.Generator) -> Tensor:
-        """Algorithm 2: memory samples `[size, C, H, W]`, their latent vectors one step towards balance and confidence."""
-        z = self._noise(size, self.options.memory_latent, rng).requires_grad_()
-        adam = torch.optim.Adam([z], lr=self.options.lr_tune)
+        """Algorithm 2: memory samples `[size, C, H, W]`, their latent vectors one step towards balance and confidence.
+
+        The memory is in eval mode meanwhile: a replay is a small batch, whose samples are not to be normalized by each other.
+        """
+        o = self.options
+        z = self._noise(size, o.memory_latent, rng).requires_grad_()
+        adam = torch.optim.Adam([z], lr=o.lr_tune)
+        self.memory.eval()
         outputs = self.teacher(self.space.place(self.memory.recall(z)))
         var, mean = torch.var_mean(z, dim=0, correction=0)
         prior = 0.5 * (mean.square() + var - 1 - (var + 1e-8).log()).sum()
-        (average(balance, outputs) + average(confident, outputs) + prior).backward()
+        loss = o.one_hot * average(confident, outputs) + o.entropy / math.log(10) * average(balance, outputs) + prior
+        loss.backward()
         adam.step()
-        return self.memory.recall(z.detach())
+        images = self.memory.recall(z.detach())
+        self.memory.train()
+        return images
 
 
 def _js(a: Tensor, b: Tensor, temperature: float) -> Tensor:

@@ -106,7 +106,7 @@ def _epoch(job: Job, optimizer: torch.optim.Optimizer, epoch: int) -> float:
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if t.clip:
-            torch.nn.utils.clip_grad_norm_([p for group in job.groups for p in group["params"]], t.clip)
+            _clip(job.groups, t.clip)
         optimizer.step()
         losses.append(loss.detach())
         job.feedback.loss(step + 1, losses[-1])
@@ -116,6 +116,13 @@ def _epoch(job: Job, optimizer: torch.optim.Optimizer, epoch: int) -> float:
                 f"distillation diverged in epoch {epoch + 1}: the loss is no longer finite; lower lr={t.lr:g}"
             )
     return float(torch.stack(losses).mean())
+
+
+def _clip(groups: list[dict[str, Any]], most: float) -> None:
+    """Scales all gradients so that their joint norm is at most `most`; those of step sizes count as LSQ scales them."""
+    found = [(p, group.get("share", 1.0)) for group in groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad * share for p, share in found])
+    torch.nn.utils.clip_grads_with_norm_([p for p, _ in found], most, norm)
 
 
 def _views(x: Tensor, training: Training, rng: torch.Generator) -> Tensor:

@@ -94,8 +94,12 @@ class Logits:
             judges = torch.cat([judges, *((judges + judges.roll(k, 0)) / 2 for k in range(1, 1 + _BLENDS))])
         before = self._distance(reference, student, judges, device)
         tuned = copy.deepcopy(student)
+        groups = self._groups(reference, tuned)
+        if not groups:
+            feedback.note("the joint pass found nothing to tune: no scale that may move, no bias")
+            return student, {}
         with torch.enable_grad():
-            self._train(reference, tuned, images, seed, device, feedback)
+            self._train(reference, tuned, groups, images, seed, device, feedback)
         _settle(tuned)
         after = self._distance(reference, tuned, judges, device)
         figures = {"finish_before": before, "finish_after": after}
@@ -114,8 +118,8 @@ class Logits:
         return float(_output_loss(found, wanted, self.logits))
 
     def _train(
-        self, reference: fx.GraphModule, student: fx.GraphModule, images: Tensor, seed: int, device: torch.device,
-        feedback: Feedback,
+        self, reference: fx.GraphModule, student: fx.GraphModule, groups: list[dict[str, Any]], images: Tensor, seed: int,
+        device: torch.device, feedback: Feedback,
     ) -> None:  # fmt: skip
         borders = [name for block in split(student, "block")[:-1] for name in block.outputs] if self.blocks else []
         result = output_node(student).meta["value"]
@@ -124,7 +128,7 @@ class Logits:
         quantize_input = student.get_submodule(str(stem.target)) if stem.op != "placeholder" else nn.Identity()
         teacher_part = extract(reference, (input_node(reference).meta["value"],), names)
         student_part = extract(student, (stem.meta["value"],), names)
-        optimizer = torch.optim.Adam(self._groups(reference, student))
+        optimizer = torch.optim.Adam(groups)
         rates = [group["lr"] for group in optimizer.param_groups]
         rng = make_rng(seed, "finish/batches")
         for step in range(self.steps):

@@ -6,7 +6,8 @@ The network computes what it did, since f(s x) = s f(x) for s > 0 and f a ReLU, 
 6 whatever the scale: there a channel that reaches 6 stays as it is, and no other is scaled up to where it would.
 
 Ref: Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction, ICCV 2019, arXiv 1906.04721, §4.1.
-Differs: the paper replaces ReLU6 by ReLU first, which changes the network.
+Differs: the paper replaces ReLU6 by ReLU first, which changes the network; large biases are not absorbed into the next layer
+(its §4.1.3).
 """
 
 from collections.abc import Iterable

@@ -1,6 +1,6 @@
 """Finished blocks on disk: a reconstruction that was stopped goes on from the block it was in.
 
-What a block leaves are weight codes and scales, which is little. The values at its borders are computed again: a pass over the
+What a block leaves are weight codes, scales and biases, which is little. The values at its borders are computed again: a pass over the
 images costs a thousandth of what the block did.
 """
 
@@ -8,16 +8,21 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ptq.batch_cache import BatchCache
 from ptq.graph.blocks import Block, extract
 from ptq.quant.affine import QParams
-from ptq.quant.fake_quant import ActFakeQuant, integer_codes, store_integer, weight_grid
+from ptq.quant.fake_quant import ActFakeQuant, FloatBias, integer_codes, store_integer, swap, weight_grid
 
 
-def keep(cache: BatchCache | None, k: int, student: fx.GraphModule, block: Block, report: Mapping[str, Any]) -> None:
-    """Writes what block `k` left: codes and scales of its hardened layers, scales of its activations, and its report.
+def keep(
+    cache: BatchCache | None, k: int, student: fx.GraphModule, block: Block,
+    biases: Mapping[str, Tensor], report: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Writes what block `k` left: codes and scales of its hardened layers, biases, scales of its activations, and its report.
+
+    biases: by layer, as trained: before they became integers.
 
     Raises:
         CalibrationError: the folder cannot be written.
@@ -31,7 +36,7 @@ def keep(cache: BatchCache | None, k: int, student: fx.GraphModule, block: Block
             codes, q = held
             weights[path] = [codes.to(torch.int8), q.scale.detach(), q.zero_point]
     scales = [quantizer.scale.detach() for quantizer in _quantizers(student, block)]
-    state = {"block": block.name, "weights": weights, "scales": scales, "report": dict(report)}
+    state = {"block": block.name, "weights": weights, "biases": dict(biases), "scales": scales, "report": dict(report)}
     cache.write(k, torch.empty(0), state)
 
 
@@ -47,6 +52,9 @@ def restore(cache: BatchCache | None, k: int, student: fx.GraphModule, block: Bl
         assert grid is not None
         device = grid.scale.device
         store_integer(layer, "weight", codes.to(device), QParams(scale, zero_point, grid.spec).to(device))
+    for path, bias in state["biases"].items():
+        layer = student.get_submodule(path)
+        swap(layer, "bias", FloatBias(), bias.to(layer.weight.device))  # pyright: ignore[reportArgumentType]
     for quantizer, scale in zip(_quantizers(student, block), state["scales"], strict=True):
         quantizer.scale.data.copy_(scale)
     return state["report"]

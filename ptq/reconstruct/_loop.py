@@ -107,6 +107,7 @@ def _blocks(
         job = _Job(teacher, student, block, teacher_values, student_values, device, space, half)
         found = restore(cache, k, student, block)
         kept = "" if found else _fit(job, method, seed, feedback, (k, len(blocks)), images)
+        biases = _biases(student, block)
         _harden(student, block)
         outputs = run_all(extract(student, block.inputs, block.outputs), job.student_in, device, space)
         if found:
@@ -116,7 +117,7 @@ def _blocks(
             error, sqnr = compare_all(stored(outputs), job.targets, job.axes)
             seconds = round(time.perf_counter() - start, 3)
             report = BlockReport(block.name, block.layers, job.nearest_error, error, kept, sqnr, seconds)
-            keep(cache, k, student, block, asdict(report))
+            keep(cache, k, student, block, biases, asdict(report))
         yield report
         still_read = {name for later in blocks[k + 1 :] for name in later.inputs}
         teacher_values.store(block, job.targets)
@@ -141,8 +142,10 @@ class _Job:
         self.axes = [channel_axis(teacher, nodes[name]) for name in block.outputs]
         self.fisher: list[Tensor] | None = None
         self.module = extract(student, block.inputs, block.outputs)
-        layers = [student.get_submodule(path) for path in block.layers]
-        self.layers = [layer for layer in layers if weight_grid(layer) is not None]  # the others stay float
+        self.paths = [
+            p for p in block.layers if weight_grid(student.get_submodule(p)) is not None
+        ]  # the others stay float
+        self.layers = [student.get_submodule(path) for path in self.paths]
         self.nearest_error = math.inf
 
     def error(self) -> float:
@@ -176,15 +179,17 @@ def _trained(job: _Job, method: Reconstructor, seed: int, feedback: Feedback, pl
     quantizers = [m for m in job.module.modules() if isinstance(m, ActFakeQuant)]
     scales = [m.scale.detach().clone() for m in quantizers]
     nearest = [integer_codes(layer, "weight") for layer in job.layers]
+    biases = _biases(job.student, job.block)
     # The caller may have switched gradients off.
     with torch.enable_grad(), in_bfloat16(job.layers, job.half) as job.half:
         sound = _train(job, method, seed, feedback, place)
     for quantizer in quantizers:
         quantizer.drop, quantizer.mask_rng, quantizer.idle = 0.0, None, False
         quantizer.scale.requires_grad_(False)
-    for layer in job.layers:
-        if layer.bias is not None:
-            swap(layer, "bias", FloatBias())  # its own value again
+    for path, layer in zip(job.paths, job.layers):
+        if path in biases:
+            swap(layer, "bias", FloatBias())  # no longer rounded where it is read
+            layer.parametrizations["bias"].original.requires_grad_(False)  # type: ignore[index, operator]
         grid = weight_grid(layer)
         if isinstance(grid, SoftRound):
             store_integer(layer, "weight", *grid.harden())
@@ -195,9 +200,11 @@ def _trained(job: _Job, method: Reconstructor, seed: int, feedback: Feedback, pl
         log.info("block %s: fitted error %.4g, nearest %.4g; nearest is kept", job.block.name, error, job.nearest_error)
     else:
         feedback.note(f"block {job.block.name}: training diverged; it keeps nearest rounding")
-    for layer, held in zip(job.layers, nearest):
+    for path, layer, held in zip(job.paths, job.layers, nearest):
         if held is not None:
             store_integer(layer, "weight", *held)
+        if path in biases:
+            swap(layer, "bias", FloatBias(), biases[path])
     for quantizer, scale in zip(quantizers, scales):
         quantizer.scale.data.copy_(scale)
     return "nearest"
@@ -262,6 +269,16 @@ def _step(
     loss.backward()
     optimizer.step()
     return loss.detach()
+
+
+def _biases(student: fx.GraphModule, block: Block) -> dict[str, Tensor]:
+    """Copies of the biases of the block's layers, by layer, but for those that are integers or whose layer stays float."""
+    layers = {path: student.get_submodule(path) for path in block.layers}
+    return {
+        path: layer.bias.detach().clone()  # pyright: ignore[reportCallIssue]
+        for path, layer in layers.items()
+        if weight_grid(layer) is not None and layer.bias is not None and integer_codes(layer, "bias") is None
+    }
 
 
 def _round_biases(student: fx.GraphModule, block: Block) -> None:

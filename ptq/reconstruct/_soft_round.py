@@ -123,11 +123,14 @@ class SoftOptions(Protocol):
     def full_steps(self) -> int: ...
 
 
-def attach_soft(o: SoftOptions, block: nn.Module, rng: torch.Generator, lr_scale: float = 0.0) -> list[dict[str, Any]]:
+def attach_soft(
+    o: SoftOptions, block: nn.Module, rng: torch.Generator, lr_scale: float = 0.0, lr_bias: float = 0.0
+) -> list[dict[str, Any]]:
     """Makes a block's rounding learnable; Adam's parameter groups.
 
-    Soft bits of every layer at `lr_round` (see `sped_up`); where their rates are above 0, weight scales at `lr_scale` and the
-    scales of activation quantizers that are not settled yet at `lr_act`, along a cosine; powers of two stay what they are.
+    Soft bits of every layer at `lr_round` (see `sped_up`); where their rates are above 0, along a cosine, weight scales at
+    `lr_scale`, biases at `lr_bias` of their mean size, and the scales of activation quantizers that are not settled yet at
+    `lr_act`; powers of two stay what they are.
     Activation quantizers skip elements with probability `drop`; those much finer than others of the block are idle in training.
 
     A scale's rate is at most `scale_step` of the scale itself a step. The papers' absolute rates suit scales near 0.1; on an
@@ -147,6 +150,9 @@ def attach_soft(o: SoftOptions, block: nn.Module, rng: torch.Generator, lr_scale
             groups.append({"params": [soft.v], "lr": lr_round, "cosine": False})
             if lr_scale > 0 and not soft.spec.power_of_two:
                 train(soft.gain, min(lr_scale / float(soft.scale.detach().median()), o.scale_step))
+            if lr_bias > 0 and layer.bias is not None:
+                bias: nn.Parameter = layer.parametrizations["bias"].original  # type: ignore[index, assignment]
+                train(bias, lr_bias * float(bias.detach().abs().mean()))
         elif isinstance(layer, ActFakeQuant) and layer in wide:
             layer.idle = True
         elif isinstance(layer, ActFakeQuant):

@@ -26,12 +26,16 @@ class GenieM:
     """AdaRound with trained step sizes, LSQ activations and QDrop.
 
     steps: optimizer steps a block. batch_size: images a step. lr_scale, lr_round, lr_act: Adam's rates for weight scales,
-    soft bits and activation scales; the scales' rates fall to 0 along a cosine. penalty: λ. warmup: share of steps without
+    soft bits and activation scales; lr_bias: for biases, relative to their mean size. All but the soft bits' fall to 0 along a
+    cosine. penalty: λ. warmup: share of steps without
     penalty. beta_start, beta_end: annealing of β. drop: probability that an element skips quantization; 0 is
     GENIE-M without QDrop. unit: "block", or "layer".
 
-    Differs: at fewer than `full_steps` steps the soft bits' rate is higher, see `_soft_round.sped_up`. A scale moves by at most
-    `scale_step` of itself a step, see `_soft_round.attach_soft`.
+    Differs: biases are trained too, which no paper does and rounding of activations calls for; `lr_bias=0` leaves them as they
+    are. At fewer than `full_steps` steps the soft bits' rate is higher, see `_soft_round.sped_up`. The scales' is not: at
+    1,000 steps those of activations move by a few per cent. A scale moves by at most `scale_step` of itself a step, see
+    `_soft_round.attach_soft`. The scale of what a block yields is trained by that block, for all that read it, and starts from
+    the float network's values; in algorithm 3 each layer trains that of its own input.
     """
 
     steps: int = 20000
@@ -39,6 +43,7 @@ class GenieM:
     lr_scale: float = 1e-4
     lr_round: float = 1e-3
     lr_act: float = 4e-5
+    lr_bias: float = 1e-3
     penalty: float = 1.0
     warmup: float = 0.2
     beta_start: float = 20.0
@@ -52,8 +57,8 @@ class GenieM:
     presets: ClassVar[Presets] = {"quick": {"steps": 400}, "standard": {"steps": 1000}}
 
     def attach(self, block: nn.Module, rng: torch.Generator) -> list[dict[str, Any]]:
-        """Soft bits and weight scales of every layer, scales of every activation quantizer that is not frozen yet."""
-        return attach_soft(self, block, rng, self.lr_scale)
+        """Soft bits, weight scales and biases of every layer, scales of every activation quantizer that is not frozen yet."""
+        return attach_soft(self, block, rng, self.lr_scale, self.lr_bias)
 
     def mix(self, teacher_in: Tensor, student_in: Tensor, rng: torch.Generator) -> Tensor:
         """QDrop on the block's input: each element from the teacher with probability `drop`."""

@@ -30,7 +30,8 @@ class QDrop:
     activation scales. penalty: λ. warmup: share of steps without penalty. beta_start, beta_end: annealing of β.
 
     Differs: at fewer than `full_steps` steps the soft bits' rate is higher, see `_soft_round.sped_up`; λ as in the runs of
-    GENIE's authors. A scale moves by at most `scale_step` of itself a step.
+    GENIE's authors. A scale moves by at most `scale_step` of itself a step; that of what a block yields is trained by
+    that block, for all that read it.
     """
 
     steps: int = 20000

@@ -105,3 +105,13 @@ def test_replayed_samples_are_part_of_a_batch():
     shared = replace(with_memory, memory_share=1.0)
     assert all(len(images_of(s)) == 16 for s in (with_memory, without, shared))
     assert not torch.equal(images_of(with_memory), images_of(without))
+
+
+def test_replayed_samples_do_not_depend_on_their_neighbours():
+    """The decoder normalizes a replay by what it has learnt; the next training step normalizes by the batch again."""
+    source = VaeReplay(count=8, batch_size=4, steps=1, latent=4, memory_latent=2)
+    run = vae_replay._Run(source, context_of(source))
+    modes = []
+    run.memory.decoder.register_forward_hook(lambda module, *_: modes.append(module.training))
+    run._replay(2, make_rng(0, "replay"))
+    assert modes == [False, False] and run.memory.training and run.memory.decoder.training

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 import ptq
 from ptq import plugins
@@ -119,3 +120,15 @@ def test_blending_is_by_a_beta_distribution():
         assert float(draws.var()) == pytest.approx(1 / (4 * (2 * a + 1)), abs=0.01)
     with pytest.raises(SpecError, match="mix"):
         Logits(mix=-1.0)
+
+
+def test_nothing_to_tune_is_said():
+    """Scales that are powers of two stay, and a network without biases has nothing else."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5, bias=False)
+    )
+    qm = ptq.quantize(
+        net, "w8a8", images(64), input_shape=SHAPE, rounding="nearest", scales="power_of_two", finish="logits:steps=2"
+    )
+    assert any("nothing to tune" in note for note in qm.manifest.notes)

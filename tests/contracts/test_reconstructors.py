@@ -101,25 +101,28 @@ def test_reports_hold_where_the_input_shares_a_scale(name: str):
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_biases_are_rounded_in_training(name: str, monkeypatch: pytest.MonkeyPatch):
-    """To the grid of the step, on which few float biases lie; what is stored in the end is the float bias on the last grid."""
+    """To the grid of the step, on which few float biases lie; the float bias, trained or not, is stored on the last one."""
     made, step = prepare("residual", "w2a2"), _loop._step
-    off = []
+    off, kept = [], {}
 
     def look(job, *args):
         for layer in job.layers:
             held = layer.parametrizations["bias"]
             grid = bias_params(held[0].held[0].scale, weight_grid(layer).scale).scale
-            off.append(float((layer.bias / grid - (layer.bias / grid).round()).abs().max()))
+            codes = layer.bias.detach() / grid
+            off.append(float((codes - codes.round()).abs().max()))
             assert not torch.equal(layer.bias, held.original)
         return step(job, *args)
 
     monkeypatch.setattr(_loop, "_step", look)
+    monkeypatch.setattr(_loop, "keep", lambda cache, k, student, block, biases, report: kept.update(biases))
     student, _ = _run(made, _method(name))
-    assert off and max(off) < 1e-3
+    assert off and max(off) < 1e-2  # what a float32 of that size can tell
     for node in weighted_nodes(student):
         codes, grid = integer_codes(student.get_submodule(str(node.target)), "bias")
-        wanted = made.folded.get_submodule(str(node.target)).bias / grid.scale
-        assert torch.equal(codes, wanted.round().int())
+        own, trained = made.folded.get_submodule(str(node.target)).bias, kept[str(node.target)]
+        assert torch.equal(codes, (trained / grid.scale).round().int())
+        assert torch.equal(own, trained) != (name == "genie_m")
 
 
 @pytest.mark.parametrize("net", ["residual", "depthwise", "squeeze_excite", "concat"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ptq.contracts import Feedback
+from ptq.distilling.loop import _clip
 from ptq.distilling.quantized import borders, harden, make_trainable, with_values
 from ptq.errors import ReconstructionError
 from ptq.graph.insert import quantizer_of
@@ -142,3 +143,15 @@ def test_blocks_align_and_share_parameters(name: str):
         kept = values(gm, x)
         assert all(torch.equal(v, kept[n]) for n, v in zip(names, found[1:], strict=True))
     assert {id(p) for p in with_values(student, names).parameters()} <= {id(p) for p in student.parameters()}
+
+
+def test_gradients_of_step_sizes_are_clipped_as_lsq_scales_them():
+    """A step size's gradient counts by its share: a long one does not shorten those of the weights."""
+    weight, step = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+    groups = [{"params": [weight]}, {"params": [step], "share": 0.01}]
+    weight.grad, step.grad = torch.tensor([0.3]), torch.tensor([40.0])
+    _clip(groups, 1.0)
+    assert float(weight.grad) == pytest.approx(0.3) and float(step.grad) == pytest.approx(40)
+    weight.grad = torch.tensor([3.0])
+    _clip(groups, 1.0)
+    assert (float(weight.grad) ** 2 + (0.01 * float(step.grad)) ** 2) ** 0.5 == pytest.approx(1, rel=1e-4)
