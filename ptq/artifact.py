@@ -1,5 +1,6 @@
 """A quantized network on disk: `manifest.json` and `tensors.safetensors`, written whole or not at all, read without pickle."""
 
+import itertools
 import json
 import os
 import shutil
@@ -200,15 +201,16 @@ def check_free(folder: Path, overwrite: bool, mark: str = MANIFEST) -> None:
 
     mark: the file by which a folder that may be overwritten is known.
     """
+    named, folder = folder, folder.resolve()  # "missing/../here" is here, though the system finds nothing by that name
     _check_writable(folder)
     if folder.is_dir() and not any(folder.iterdir()):
         return
     if folder.exists() and not folder.is_dir():
-        raise ArtifactError(f"{folder} is a file; name a folder")
+        raise ArtifactError(f"{named} is a file; name a folder")
     if folder.exists() and not overwrite:
-        raise ArtifactError(f"{folder} exists; name another folder or overwrite it with --force (overwrite=True)")
+        raise ArtifactError(f"{named} exists; name another folder or overwrite it with --force (overwrite=True)")
     if folder.exists() and not (folder / mark).is_file():
-        raise ArtifactError(f"{folder} was not written by this program (no {mark}); it is not overwritten")
+        raise ArtifactError(f"{named} was not written by this program (no {mark}); it is not overwritten")
 
 
 def _check_writable(folder: Path) -> None:
@@ -219,7 +221,10 @@ def _check_writable(folder: Path) -> None:
 
 @contextmanager
 def whole_folder(folder: Path, overwrite: bool = False, mark: str = MANIFEST) -> Iterator[Path]:
-    """Yields a hidden folder to write into; it takes the name `folder` at the end, or vanishes if the body raises."""
+    """Yields a hidden folder to write into; it takes the name `folder` at the end, or vanishes if the body raises.
+
+    Where something else has taken that name meanwhile, it takes the next free one, and the error says which.
+    """
     check_free(folder, overwrite, mark)
     folder = folder.resolve()  # a link stays one: what it points to is written
     partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
@@ -230,19 +235,26 @@ def whole_folder(folder: Path, overwrite: bool = False, mark: str = MANIFEST) ->
         raise ArtifactError(f"{folder} cannot be written: {e}") from e
     try:
         yield partial
+        try:
+            check_free(folder, overwrite, mark)
+        except ArtifactError as e:
+            partial.rename(spare := free_name(folder))
+            raise ArtifactError(f"{e}; it was not there when the work began. The result is in {spare}") from e
         if folder.exists():
             folder.rename(old)
-        try:
-            partial.rename(folder)
-        except BaseException:
-            if old.exists():  # the old result is better than none
-                old.rename(folder)
-            raise
+        partial.rename(folder)
     except OSError as e:
         raise ArtifactError(f"{folder} cannot be written: {e}") from e
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if old.exists() and not folder.exists():  # the old result is better than none
+            old.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def free_name(path: Path) -> Path:
+    """The first of name-2, name-3, … beside `path` that nothing has."""
+    return next(p for k in itertools.count(2) if not (p := path.with_name(f"{path.name}-{k}")).exists())
 
 
 def read_plan(path: Path) -> QuantPlan:
@@ -256,7 +268,7 @@ def read_plan(path: Path) -> QuantPlan:
         return QuantPlan.from_json(data.get("plan", data))
     except OSError as e:
         raise ArtifactError(f"{path} cannot be read: {e.strerror or e}") from e
-    except (ValueError, KeyError, TypeError, AttributeError, SpecError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SpecError) as e:
         raise ArtifactError(f"{path} is not a plan of this program: {type(e).__name__}: {e}") from e
 
 
@@ -268,7 +280,8 @@ def write_plan(plan: QuantPlan, path: Path) -> None:
     """
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        partial.write_text(json.dumps(plan.to_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(plan.to_json(), indent=1, ensure_ascii=False) + "\n"
+        partial.write_text(text, encoding="utf-8", errors="replace")
         partial.replace(path)
     except OSError as e:
         raise ArtifactError(f"{path} cannot be written: {e}") from e

@@ -7,7 +7,6 @@ seed, shape, normalization, device and torch's version. A file appears whole or 
 import hashlib
 import json
 import os
-import pickle
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +18,9 @@ from torch import Tensor, fx
 
 from ptq.errors import CalibrationError
 from ptq.graph.serialize import graph_to_json
+
+_NAME = 24  # hexadecimal digits
+ALL_CACHES = "[0-9a-f]" * _NAME  # below a root, as a pattern for names
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class BatchCache:
         try:
             content = torch.load(self._file(index), map_location="cpu", weights_only=True)
             return content["images"], content["state"]
-        except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError):
+        except Exception:  # a damaged file can fail anywhere in reading it
             return None
 
     def write(self, index: int, images: Tensor, state: Mapping[str, Any]) -> None:
@@ -80,7 +82,7 @@ def open_cache(root: Path, models: tuple[fx.GraphModule, ...], settings: Mapping
         for name, tensor in sorted(model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return BatchCache(Path(root) / digest.hexdigest()[:24])
+    return BatchCache(Path(root) / digest.hexdigest()[:_NAME])
 
 
 def digest_of(images: Tensor) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import io
 import json
 import logging
 import signal
@@ -32,7 +33,7 @@ from ptq.graph.trace import tensors_of, trace
 from ptq.loading import load_model
 from ptq.pictures import Pictures
 from ptq.pipeline import quantize
-from ptq.proof import proof_images, record_proof, write_verified
+from ptq.proof import PLAN_AGAIN, check_target, proof_images, record_proof, write_verified
 from ptq.report import Section, course_sections, plan_sections, print_sections, proof_section
 from ptq.spec import BitConfig, Override, PlanRules
 from ptq.terminal import plain_console, shown
@@ -56,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Exit status: 0; 2 for a usage error or bad input; 1 where the work itself failed; 130 interrupted; 143 stopped by SIGTERM.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a character that the terminal lacks is no reason to fail
     args = build_parser(_COMMANDS).parse_args(argv)
     logging.basicConfig(level=logging.INFO if args.debug else logging.WARNING, format="%(name)s: %(message)s")
     try:
@@ -144,7 +148,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         found = {name: manifest["recipe"].get(name, default) for name, default in _RECIPE.items()}
         found["further_teachers"] = manifest["recipe"].get("further_teachers", 0)
         return found | {name: manifest[name] and tuple(manifest[name]) for name in ("input_shape", "mean", "std")}
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ArtifactError(f"{path} is not a manifest of this program: {type(e).__name__}: {e}") from e
 
 
@@ -244,8 +248,7 @@ def _inspect(args: argparse.Namespace) -> int:
         placed |= {k: v for k in ("placement", "ties") if (v := getattr(args, k)) != "auto"}
         rules = PlanRules(args.edges, args.adds, args.weights, args.activations, args.scales, overrides, **placed)
         plan = make_plan(folded, BitConfig.parse(args.bits), rules)
-    if target is not None:
-        target.check(folded, plan)
+    check_target(target, folded, plan, "" if args.plan is None else PLAN_AGAIN)
     print_sections(plain_console(), plan_sections(folded, plan))
     return 0
 

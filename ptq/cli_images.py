@@ -31,8 +31,8 @@ def sized(data: str, args: argparse.Namespace) -> str:
 
 
 def labelled(
-    path: Path | None, args: argparse.Namespace, shape: Sequence[int], mean: Iterable[float] | None,
-    std: Iterable[float] | None,
+    path: Path | None, args: argparse.Namespace, shape: Sequence[int], mean: float | Iterable[float] | None,
+    std: float | Iterable[float] | None,
 ) -> Pictures | None:  # fmt: skip
     """The pictures at `path`, brought to the input's size as `--resize` and `--crop` say.
 

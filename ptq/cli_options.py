@@ -121,6 +121,21 @@ def _teacher_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--with-arch", action="append", metavar="ARCH", help="what builds it; default: as --arch")
 
 
+def _grid_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        help="grids of weights; auto: asymmetric below 5 bits, symmetric above; default auto",
+    )
+    p.add_argument(
+        "--activations", choices=ACTIVATIONS,
+        help="unsigned codes with a zero point where needed, or signed codes symmetric about 0; default unsigned",
+    )  # fmt: skip
+    p.add_argument(
+        "--scales", choices=SCALES, help="free, or power_of_two, so that hardware rescales by shifts; default free"
+    )
+
+
 def _model_options(p: argparse.ArgumentParser) -> None:
     _network_options(p)
     p.add_argument(
@@ -134,18 +149,7 @@ def _model_options(p: argparse.ArgumentParser) -> None:
         help="first and last layer: brecq, qdrop keep 8 bits there, all does not; default brecq",
     )
     p.add_argument("--adds", type=int, metavar="BITS", help="bits of tensors that enter no weighted layer; default 8")
-    p.add_argument(
-        "--weights",
-        choices=WEIGHTS,
-        help="grids of weights; auto: asymmetric below 5 bits, symmetric above; default auto",
-    )
-    p.add_argument(
-        "--activations", choices=ACTIVATIONS,
-        help="unsigned codes with a zero point where needed, or signed codes symmetric about 0; default unsigned",
-    )  # fmt: skip
-    p.add_argument(
-        "--scales", choices=SCALES, help="free, or power_of_two, so that hardware rescales by shifts; default free"
-    )
+    _grid_options(p)
     p.add_argument(
         "--placement", choices=("auto", *PLACEMENTS),
         help="which tensors have codes: everywhere, or only what enters convolutions and linear layers and one of two addends, "
@@ -223,7 +227,7 @@ def _quantize_options(p: argparse.ArgumentParser) -> None:
         "--recipe",
         type=Path,
         metavar="MANIFEST",
-        help="take every option not given here from an earlier run's manifest.json",
+        help="take every option not given here from an earlier run's manifest.json, but for --arch and --device",
     )
     _closing_options(p)
 
@@ -321,6 +325,9 @@ def _sensitivity_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("-n", "--count", type=int, metavar="IMAGES", help="how many; default 256")
     p.add_argument("--ranges", default="lp", help="how scales are chosen, as for quantize; default lp")
     p.add_argument("--edges", choices=EDGES, default="brecq", help="as for quantize, of the plan; default brecq")
+    _grid_options(p)
+    p.set_defaults(weights="auto", activations="unsigned", scales="free")
+    p.add_argument("--target", help="as for quantize: what the plan is to suit; default: any")
     p.add_argument(
         "--bits", help="auto:size=1.2MB,a4 or auto:bops=2.5G: also the plan that meets this budget, written to --output"
     )

@@ -4,6 +4,7 @@ import argparse
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -13,7 +14,8 @@ from rich.console import Console
 from torch import nn
 
 from ptq import plugins
-from ptq.artifact import QuantizedModel, integer_bytes, whole_folder
+from ptq.artifact import MANIFEST, QuantizedModel, free_name, integer_bytes, whole_folder
+from ptq.batch_cache import ALL_CACHES
 from ptq.contracts import CalibrationContext, Exporter, Presets
 from ptq.errors import ExportError
 from ptq.evaluate import Runner, onnx_runner, top1
@@ -61,8 +63,11 @@ def progress_folder(args: argparse.Namespace) -> Path:
 
 def forget_progress(args: argparse.Namespace) -> None:
     """Removes it, once the output is there; a folder that the user named stays."""
-    if args.cache is None:
-        shutil.rmtree(progress_folder(args), ignore_errors=True)
+    if args.cache is None and (folder := progress_folder(args)).is_dir():
+        for part in folder.glob(ALL_CACHES):
+            shutil.rmtree(part, ignore_errors=True)
+        with suppress(OSError):  # the user's own files are in it too
+            folder.rmdir()
 
 
 def write_network(
@@ -95,11 +100,13 @@ def write_network(
         write_more(folder)
         sections = run_sections(qm, found["bytes"], proof, accuracy)
         title = f"{qm.manifest.source} at {qm.manifest.bits}"
-        (folder / "report.md").write_text(markdown(title, sections, qm.manifest.notes), encoding="utf-8")
+        (folder / "report.md").write_text(markdown(title, sections, qm.manifest.notes), "utf-8", errors="replace")
         qm.write(folder)  # last: the manifest has the checksums of all others
         if proof is not None and not proof["passed"]:
             kept = output.with_name(f"{output.name}.failed")
-            shutil.rmtree(kept, ignore_errors=True)
+            if (kept / MANIFEST).is_file():  # an earlier run's
+                shutil.rmtree(kept, ignore_errors=True)
+            kept = free_name(kept) if kept.exists() else kept
             shutil.copytree(folder, kept)
             raise ExportError(
                 f"the exported file does not compute what was simulated: {proof['failure']}; it is kept in {kept}"

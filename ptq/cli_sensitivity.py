@@ -33,7 +33,8 @@ def run_sensitivity(args: argparse.Namespace) -> int:
     with shown(args.quiet or args.json, plain_console(stderr=True)) as feedback:
         found = bit_sensitivity(
             model, sized(args.data or "auto", args), teachers=further(args), widths=args.widths,
-            count=args.count or 256, budget=args.bits, ranges=args.ranges, edges=args.edges, feedback=feedback, **options,
+            count=args.count or 256, budget=args.bits, ranges=args.ranges, edges=args.edges, weights=args.weights,
+            activations=args.activations, scales=args.scales, target=args.target, feedback=feedback, **options,
         )  # fmt: skip
     if found.plan is not None and args.output is not None:
         write_plan(found.plan, args.output)

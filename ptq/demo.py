@@ -94,6 +94,6 @@ def run_demo(folder: Path, command: Callable[[Sequence[str]], int], say: Callabl
     model = train(x[:_TRAINED_ON], y[:_TRAINED_ON])
     torch.save(model.state_dict(), folder / "model.pt")
     np.savez_compressed(folder / "val.npz", x=x[_TRAINED_ON:], y=y[_TRAINED_ON:])
-    line = COMMAND.replace("demo/", f"{folder}/")
-    say(f"\n$ {line}\n")
-    return command(shlex.split(line)[1:])
+    words = [word.replace("demo/", f"{folder}/") for word in shlex.split(COMMAND)]
+    say(f"\n$ {shlex.join(words)}\n")
+    return command(words[1:])

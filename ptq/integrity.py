@@ -22,7 +22,8 @@ def file_sum(path: Path) -> str:
 
 def sealed(rows: Mapping[str, Any], files: Iterable[Path]) -> dict[str, Any]:
     """Rows of a JSON file with the checksums of other files, by name, and of itself."""
-    plain = json.loads(json.dumps({**rows, "files": {f.name: file_sum(f) for f in files}}))
+    text = json.dumps({**rows, "files": {f.name: file_sum(f) for f in files}}, ensure_ascii=False)
+    plain = json.loads(text.encode(errors="replace"))  # names of files need not be text
     return plain | {_DIGEST: _digest(plain)}
 
 

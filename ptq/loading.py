@@ -177,7 +177,7 @@ def build_arch(arch: str) -> nn.Module:
         ModelError: no such module or factory, or what it builds is no network.
     """
     where, colon, what = arch.partition(":")
-    if arch[1:3] == ":\\":  # a Windows drive
+    if arch[1:3] in (":\\", ":/"):  # a Windows drive
         where, colon, what = arch.rpartition(":")
     if not colon or not where or not what:
         raise ModelError(f"architecture {arch!r} not understood; {_NO_ARCH}")

@@ -12,14 +12,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import coo_array
 from torch import Tensor, fx, nn
 
-from ptq.contracts import Feedback
+from ptq import plugins
+from ptq.contracts import Exporter, Feedback
 from ptq.errors import SpecError
 from ptq.graph.blocks import input_value_node
 from ptq.graph.fold_bn import fold_batch_norm
@@ -121,6 +121,9 @@ def choose_widths(
             rows.append({**{column[o]: 1.0 for o in options if o[0] == p and o[2] == a}, column[groups[p], a]: -1.0})
             ends.append(0.0)
     entries = [(r, c, v) for r, row in enumerate(rows) for c, v in row.items()]
+    from scipy.optimize import Bounds, LinearConstraint, milp  # seconds to import, and wanted for budgets alone
+    from scipy.sparse import coo_array
+
     matrix = coo_array(
         ([v for *_, v in entries], ([r for r, *_ in entries], [c for _, c, _ in entries])), (len(rows), len(cost))
     )
@@ -262,9 +265,13 @@ def bit_sensitivity(
     budget: str | Budget | None = None,
     ranges: str = "lp",
     edges: str = "brecq",
+    weights: str = "auto",
+    activations: str = "unsigned",
+    scales: str = "free",
+    target: str | Exporter | None = None,
     effort: str = "standard",
-    mean: Iterable[float] | None = None,
-    std: Iterable[float] | None = None,
+    mean: float | Iterable[float] | None = None,
+    std: float | Iterable[float] | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
     cache: str | Path | None = None,
@@ -277,20 +284,28 @@ def bit_sensitivity(
         budget: "auto:size=1.2MB,a4" or "auto:bops=2.5G": also the plan that meets it, of 2, 3, 4, 5, 6 and 8 bits.
 
     Raises:
-        SpecError, PluginError, ModelError, CalibrationError: a bad argument, a network that cannot be served, or a budget that
-            cannot be met.
+        SpecError, PluginError, ModelError, CalibrationError, ExportError: a bad argument, a network that cannot be served, a
+            budget that cannot be met, or a plan that the target cannot take.
     """
     for bits in widths:
         QuantSpec(bits, True, True)  # says which widths there are
-    rules, estimate = PlanRules(edges), estimators(ranges)[0]
+    exporter = plugins.build("exporters", target) if isinstance(target, str) else target
+    placed: dict[str, Any] = {} if exporter is None else dict(exporter.rules)
+    rules = PlanRules(edges, weights=weights, activations=activations, scales=scales, **placed)
+    estimate = estimators(ranges)[0]
     wanted = Budget.parse(budget) if isinstance(budget, str) else budget
     source, run = build_source(data, effort), start_run(input_shape, device, seed, mean, std, feedback, cache)
     networks = trace_all(model, teachers, run)
     folded = fold_batch_norm(networks[0])
     plan = make_plan(folded, BitConfig(8, 8), rules)
+    if exporter is not None:
+        exporter.check(folded, plan)
     if wanted is not None:
         check_budget(folded, wanted, rules)
-    images = gather(settle_source(source, networks, run, effort), networks, run)[:count]
+    source = settle_source(source, networks, run, effort)
+    if getattr(source, "count", 0) > count:
+        source = replace(source, count=count)
+    images = gather(source, networks, run)[:count]
     tried = sorted({*widths, *(WIDTHS if wanted else ())})
     costs = measure(
         folded, plan, images, estimate, widths=tried, seed=seed, device=run.device, feedback=run.feedback,
@@ -300,4 +315,6 @@ def bit_sensitivity(
     if wanted is None:
         return BitSensitivity(shown)
     plan = plan_by(folded, wanted, rules, costs)
+    if exporter is not None:
+        exporter.check(folded, plan)
     return BitSensitivity(shown, plan, weight_bytes(folded, plan), bit_operations(folded, plan))

@@ -25,6 +25,7 @@ from ptq.graph.insert import insert_fake_quant
 from ptq.graph.observe import weight_params
 from ptq.graph.plan import QuantPlan
 from ptq.mixed_precision import first_plan, plan_within
+from ptq.proof import PLAN_AGAIN, check_target
 from ptq.reconstruct._loop import BlockReport, reconstruct_blocks
 from ptq.reconstruct._repair import mend
 from ptq.request import Request, resolve
@@ -63,8 +64,8 @@ def quantize(
     effort: str = "standard",
     target: str | Exporter | None = None,
     teachers: Sequence[nn.Module] = (),
-    mean: Iterable[float] | None = None,
-    std: Iterable[float] | None = None,
+    mean: float | Iterable[float] | None = None,
+    std: float | Iterable[float] | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
     cache: str | Path | None = None,
@@ -176,8 +177,7 @@ def _planned(folded: fx.GraphModule, asked: Request) -> QuantPlan:
         assert asked.plan is not None
         planned = asked.plan if isinstance(asked.plan, QuantPlan) else read_plan(Path(asked.plan))
         planned.check(folded)
-    if asked.exporter is not None:
-        asked.exporter.check(folded, planned)
+    check_target(asked.exporter, folded, planned, PLAN_AGAIN if asked.wanted is None else "")
     return planned
 
 

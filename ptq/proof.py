@@ -1,17 +1,19 @@
 """`export`: a quantized network as a file, proved to compute what was simulated before it appears."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ptq import plugins
 from ptq.artifact import MANIFEST, QuantizedModel, proof_record
 from ptq.contracts import Exporter, make_rng
 from ptq.errors import ExportError
 from ptq.graph.ops import input_node
+from ptq.graph.plan import QuantPlan
 from ptq.integrity import sealed
 
 
@@ -42,13 +44,10 @@ def write_verified(qm: QuantizedModel, exporter: Exporter, path: Path, images: T
     """`export` without a record of what was found."""
     if path.is_dir():
         raise ExportError(f"{path} is a folder; name the file to write")
-    try:
-        exporter.check(qm.student, qm.plan)
-    except ExportError as e:
-        if "; add --" not in str(e):
-            raise
-        raise ExportError(f"{e}. The network stands as it was quantized: quantize it again with what is missing") from e
-    partial = path.with_name(f".{path.name}.partial")
+    check_target(
+        exporter, qm.student, qm.plan, "The network stands as it was quantized: quantize it again with what is missing"
+    )
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         exporter.export(qm, partial)
@@ -63,6 +62,25 @@ def write_verified(qm: QuantizedModel, exporter: Exporter, path: Path, images: T
     return proof
 
 
+def check_target(exporter: Exporter | None, network: fx.GraphModule, plan: QuantPlan, instead: str = "") -> None:
+    """The exporter's check; `instead`: what to do where it asks for an option and the plan is settled.
+
+    Raises:
+        ExportError: the target cannot take the plan.
+    """
+    if exporter is None:
+        return
+    try:
+        exporter.check(network, plan)
+    except ExportError as e:
+        if not instead or "; add --" not in str(e):
+            raise
+        raise ExportError(f"{e}. {instead}") from e
+
+
+PLAN_AGAIN = "The plan says every grid: have it made again with that option, by ptq sensitivity or ptq quantize"
+
+
 def record_proof(path: Path, target: str, proof: dict[str, Any]) -> Path:
     """Writes what was found of an exported file beside it, with the file's checksum: see `proof_record`.
 
@@ -70,12 +88,15 @@ def record_proof(path: Path, target: str, proof: dict[str, Any]) -> Path:
         ExportError: it cannot be written.
     """
     record = proof_record(path)
+    partial = record.with_name(f".{record.name}.partial-{os.getpid()}")
     try:
-        record.write_text(
-            json.dumps(sealed({"target": target, "proof": proof}, [path]), indent=1) + "\n", encoding="utf-8"
-        )
+        rows = sealed({"target": target, "proof": proof}, [path])
+        partial.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        partial.replace(record)
     except OSError as e:
         raise ExportError(f"{record} cannot be written: {e}") from e
+    finally:
+        partial.unlink(missing_ok=True)
     return record
 
 

@@ -19,7 +19,8 @@ class Request:
     """Every choice of one `quantize`. wanted: widths, a budget, or None where `plan` says them.
 
     data: where images come from, not yet settled for the network. estimates: how ranges are chosen. mends: repairs.
-    memory: bytes for what blocks see, None: a share of what is free. texts: choices that stay text.
+    memory: bytes for what blocks see, None: a share of what is free. precision: blocks are trained in. ranges: what `estimates`
+    were made from.
     """
 
     data: Any
@@ -64,11 +65,16 @@ def resolve(
     """
     if precision not in PRECISIONS:
         raise SpecError(f"precision {precision!r} asked for; known: {', '.join(PRECISIONS)}")
+    if rounding is None:
+        raise SpecError("rounding=None given; 'nearest' is rounding without training")
     source = build_source(data, effort)
     method = plugins.build("reconstructors", rounding, effort) if isinstance(rounding, str) else rounding
-    finisher = plugins.build("finishers", finish, effort) if isinstance(finish, str) else finish
-    exporter = plugins.build("exporters", target) if isinstance(target, str) else target
+    finisher = None if finish == "none" else finish
+    finisher = plugins.build("finishers", finisher, effort) if isinstance(finisher, str) else finisher
+    exporter = None if target == "none" else target
+    exporter = plugins.build("exporters", exporter) if isinstance(exporter, str) else exporter
     placed = _settled(by_target, exporter)
+    layers = [layers] if isinstance(layers, str) else layers
     overrides = tuple(Override.parse(o) if isinstance(o, str) else o for o in layers)
     plan_rules = PlanRules(**rules, overrides=overrides, **placed)
     if plan is not None and overrides:

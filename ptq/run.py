@@ -1,7 +1,9 @@
 """What the steps of one run share, and the arguments that every command has."""
 
+import operator
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -50,8 +52,8 @@ class Run:
 
 
 def start_run(
-    input_shape: Iterable[int], device: str | torch.device, seed: int, mean: Iterable[float] | None,
-    std: Iterable[float] | None, feedback: Feedback | None, cache: str | Path | None = None,
+    input_shape: Iterable[int], device: str | torch.device, seed: int, mean: float | Iterable[float] | None,
+    std: float | Iterable[float] | None, feedback: Feedback | None, cache: str | Path | None = None,
 ) -> Run:  # fmt: skip
     """A run from the arguments of a command.
 
@@ -65,10 +67,11 @@ def start_run(
 
 def checked_shape(shape: Iterable[int]) -> tuple[int, int, int]:
     """(C, H, W). Raises SpecError unless it is three positive numbers."""
-    shape = tuple(shape)
-    if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
-        raise SpecError(f"input shape {shape} given; it is (channels, height, width), as in (3, 224, 224)")
-    return shape
+    with suppress(TypeError):  # no whole numbers
+        found = tuple(operator.index(n) for n in shape)
+        if len(found) == 3 and all(n > 0 for n in found):
+            return found
+    raise SpecError(f"input shape {shape} given; it is (channels, height, width), as in (3, 224, 224)")
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -81,7 +84,7 @@ def _device(device: str | torch.device) -> torch.device:
 
 
 def normalization(
-    mean: Iterable[float] | None, std: Iterable[float] | None, channels: int
+    mean: float | Iterable[float] | None, std: float | Iterable[float] | None, channels: int
 ) -> tuple[Tensor | None, Tensor | None]:
     """`mean` and `std` as tensors [C], one number standing for every channel; None where neither is given.
 
@@ -92,7 +95,10 @@ def normalization(
         return None, None
     if mean is None or std is None:
         raise SpecError("mean and std belong together; give both or neither")
-    both = [torch.tensor(list(v), dtype=torch.float32) for v in (mean, std)]
+    both = [
+        torch.as_tensor(v if isinstance(v, int | float) else list(v), dtype=torch.float32).reshape(-1)
+        for v in (mean, std)
+    ]
     both = [v.repeat(channels) if len(v) == 1 else v for v in both]
     finite = all(bool(v.isfinite().all()) for v in both)
     if any(len(v) != channels for v in both) or not finite or not bool((both[1] > 0).all()):

@@ -50,8 +50,8 @@ def synthesize(
     input_shape: tuple[int, int, int],
     teachers: Sequence[nn.Module] = (),
     effort: str = "standard",
-    mean: Iterable[float] | None = None,
-    std: Iterable[float] | None = None,
+    mean: float | Iterable[float] | None = None,
+    std: float | Iterable[float] | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
     cache: str | Path | None = None,
@@ -87,8 +87,8 @@ def data_similarity(
     *,
     input_shape: tuple[int, int, int],
     effort: str = "standard",
-    mean: Iterable[float] | None = None,
-    std: Iterable[float] | None = None,
+    mean: float | Iterable[float] | None = None,
+    std: float | Iterable[float] | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
     cache: str | Path | None = None,
@@ -185,13 +185,14 @@ def settle_source(
 def _has(teacher: fx.GraphModule) -> set[str]:
     """What the network has, of what sources need."""
     found = {"BatchNorm"} if batch_norms(teacher) else set()
-    return found | ({"classes"} if len(output_node(teacher).meta["shape"]) == 1 else set())
+    shape = output_node(teacher).meta["shape"]
+    return found | ({"classes"} if len(shape) == 1 and shape[0] > 1 else set())
 
 
 def _refusal(name: str, missing: str, has: set[str], option: str) -> str:
     why = {
         "BatchNorm": "draws on the network's BatchNorm statistics, and the network has none",
-        "classes": "needs a classifier, [B, classes] out, and the network's output has another shape",
+        "classes": "needs a classifier, [B, classes] out with two classes or more, and the network's output has another shape",
     }
     fit = [name for name, cls in plugins.classes("calibrators").items() if name != "mix" and set(cls.needs) <= has]
     return (

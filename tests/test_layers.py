@@ -1,13 +1,4 @@
-"""Imports point down: every import statement of the package, parsed and compared with the layers.
-
-6                       cli   cli_options   cli_images   cli_distill
-5                     pipeline   distillation   sources   plugins   run   report   terminal   gallery   demo
-4   distill, evaluate, similarity, vectors │ ptq.reconstruct │ calibrators │ exporters      these never import each other
-3              contracts   batch_cache   artifact   loading   pictures   precision
-2                       graph
-1                       quant
-0                    spec   errors
-"""
+"""Imports point down: every import statement of the package, parsed and compared with the layers below."""
 
 import ast
 from pathlib import Path

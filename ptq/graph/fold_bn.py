@@ -2,9 +2,10 @@
 
     W' = W · γ/√(σ²+ε),   b' = (b - μ) · γ/√(σ²+ε) + β
 
-So it does with products and sums of a convolution's channels and constants, which is what a frozen BatchNorm is, and with several
-in a row. A BatchNorm with no such layer before it, or whose input is used elsewhere too, stays as a float operation; so does one
-behind a linear layer on tokens, `[B, L, C]`: it normalizes each of the L tokens, not what the layer's rows yield.
+So it does with products and sums of a layer's channels and constants, which is what a frozen BatchNorm, a layer scale and a factor
+of a residual branch are, with several in a row, and behind permutations. A BatchNorm with no such layer before it, or whose input
+is used elsewhere too, stays as a float operation; so does one straight behind a linear layer on tokens, `[B, L, C]`: it normalizes
+each of the L tokens, not what the layer's rows yield.
 """
 
 from typing import Any
@@ -26,10 +27,10 @@ def fold_batch_norm(gm: fx.GraphModule) -> fx.GraphModule:
     with rewrite(gm) as out:
         for node in [n for n in out.graph.nodes if (op := find_op(out, n)) is not None and op.name in _TAKES_IN]:
             while (found := _behind(out, node)) is not None:
-                norm, (gain, shift) = found
+                last, norm, (gain, shift) = found
                 _fold(out.get_submodule(str(node.target)), gain, shift)
-                node.meta["value"] = norm.meta["value"]
-                norm.replace_all_uses_with(node)
+                last.meta["value"] = norm.meta["value"]
+                norm.replace_all_uses_with(last)
                 out.graph.erase_node(norm)
     return out
 
@@ -37,26 +38,40 @@ def fold_batch_norm(gm: fx.GraphModule) -> fx.GraphModule:
 _TAKES_IN = ("conv", "linear", "conv_transpose")
 
 
-def _behind(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, tuple[Tensor, Tensor]] | None:
-    """What alone reads a layer and multiplies and shifts its channels, with gain and shift [C]; None where nothing does so."""
-    users = list(node.users)
-    if len(users) != 1 or users[0].op != "call_module" or channel_axis(gm, node) != 1:
-        return None
-    found = _affine(gm.get_submodule(str(users[0].target)), tuple(node.meta["shape"]))
-    return None if found is None else (users[0], found)
+def _behind(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, fx.Node, tuple[Tensor, Tensor]] | None:
+    """What alone reads a layer, or its permuted result, and multiplies and shifts its channels; None where nothing does so.
+
+    Returns:
+        What it reads, the reader itself, gain and shift [C].
+    """
+    axis, channels = channel_axis(gm, node), node.meta["shape"][channel_axis(gm, node) - 1]
+    while len(node.users) == 1:
+        reader = next(iter(node.users))
+        op = find_op(gm, reader)
+        if reader.op != "call_module":
+            return None
+        module = gm.get_submodule(str(reader.target))
+        if op is None or op.name != "permute":
+            found = _affine(module, 1 + len(node.meta["shape"]), axis, channels)
+            return None if found is None else (node, reader, found)
+        node, axis = reader, list(module.dims).index(axis)  # type: ignore[arg-type]
+    return None
 
 
-def _affine(module: nn.Module, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
+def _affine(module: nn.Module, ndim: int, axis: int, channels: int) -> tuple[Tensor, Tensor] | None:
+    """Gain and shift [C] of what a module does to values of `ndim` dimensions with channels along `axis`."""
     # In float64: a division by a small variance must not cost the digits that the comparison afterwards checks.
     if isinstance(module, BATCH_NORMS) and module.running_var is not None and module.running_mean is not None:
         std = (module.running_var.double() + module.eps).sqrt()
         gain = (module.weight.double() if module.weight is not None else torch.ones_like(std)) / std
         shift = module.bias.double() if module.bias is not None else torch.zeros_like(std)
-        return gain, shift - module.running_mean.double() * gain
-    if isinstance(module, AddConstant | MulConstant) and len(shape) == 3:
+        return (gain, shift - module.running_mean.double() * gain) if axis == 1 else None
+    if isinstance(module, AddConstant | MulConstant) and module.value.ndim <= ndim:
         value = module.value.detach().double()
-        if value.numel() == shape[0] and value.ndim >= 3 and value.shape[-3] == shape[0]:  # [C, 1, 1] or [1, C, 1, 1]
-            flat = value.reshape(-1)
+        along = [1] * ndim
+        along[axis] = value.numel()
+        if value.numel() in (1, channels) and (1,) * (ndim - value.ndim) + tuple(value.shape) == tuple(along):
+            flat = value.reshape(-1).expand(channels)
             return (flat, torch.zeros_like(flat)) if isinstance(module, MulConstant) else (torch.ones_like(flat), flat)
     return None
 

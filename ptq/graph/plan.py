@@ -299,9 +299,11 @@ def _width(
 ) -> int:  # fmt: skip
     members = set(members)
     enters = [layer for layer in layers if layer.all_input_nodes[0] in members and not chosen[layer].skip]
-    asked = [override.act for layer in enters if (override := chosen[layer]).act is not None]
-    if asked:  # of layers that share a tensor, the one that needs most
-        return max(bits for bits in asked if bits is not None)
-    if members & wide or (rules.edges != "all" and not last.isdisjoint(enters)):
+    on_edge = members & wide or (rules.edges != "all" and not last.isdisjoint(enters))
+    usual = bits.edge if on_edge else bits.act
+    asked = [usual if (override := chosen[layer]).act is None else override.act for layer in enters]
+    if any(chosen[layer].act is not None for layer in enters):  # of layers that share a tensor, the one that needs most
+        return max(width for width in asked if width is not None)
+    if on_edge:
         return bits.edge
     return bits.act if enters and bits.act is not None else rules.adds

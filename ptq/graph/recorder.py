@@ -1,6 +1,9 @@
 """One run of a network on example images, to learn every shape and what does not depend on the images."""
 
-from collections.abc import Collection
+import copy
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -72,11 +75,42 @@ def shapes_only(a: Any) -> Any:
     return fx.node.map_aggregate(a, lambda v: TensorShape(tuple(v.shape), v.dtype) if isinstance(v, Tensor) else v)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+_POSITIVE: ContextVar[bool] = ContextVar("positive", default=False)
+
+
+@contextmanager
+def noise_for(model: nn.Module, shape: tuple[int, int, int]) -> Iterator[None]:
+    """Within it, `random_input` is noise that the network yields numbers for: uniform over [0, 1) where normal noise gives none.
+
+    So it is with networks that begin with a logarithm or a root, of spectra or of light.
+    """
+    token = _POSITIVE.set(False)
+    try:
+        if not _finite(model, shape):
+            _POSITIVE.set(True)
+            _POSITIVE.set(_finite(model, shape))
+        yield
+    finally:
+        _POSITIVE.reset(token)
+
+
+def _finite(model: nn.Module, shape: tuple[int, int, int]) -> bool:
+    found: list[Tensor] = []
+    try:
+        with torch.no_grad():
+            result = copy.deepcopy(model)(random_input(model, 2, shape))
+        fx.node.map_aggregate(result, lambda v: found.append(v) if isinstance(v, Tensor) else None)  # pyright: ignore[reportAttributeAccessIssue]
+        return all(bool(v.isfinite().all()) for v in found)
+    except Exception:  # what is wrong with it is found and said where it is traced
+        return True
+
+
 def random_input(model: nn.Module, batch: int, shape: tuple[int, int, int]) -> Tensor:
-    """Noise [batch, C, H, W] where the network is, the same for the same batch size."""
+    """Noise [batch, C, H, W] where the network is, the same for the same batch size; see `noise_for`."""
     first = next((p for p in model.parameters()), torch.zeros(()))
     rng = torch.Generator().manual_seed(batch)
-    return torch.randn(batch, *shape, generator=rng).to(first.device)
+    draw = torch.rand if _POSITIVE.get() else torch.randn
+    return draw(batch, *shape, generator=rng).to(first.device)
 
 
 def record(gm: fx.GraphModule, shape: tuple[int, int, int], batch: int = 2) -> Recorder:

@@ -25,7 +25,7 @@ from ptq.graph.batch_layout import keep_images_apart
 from ptq.graph.lower_graph import lower, redirect_in_place, select_parts
 from ptq.graph.network_checks import own_copy
 from ptq.graph.ops import OPS
-from ptq.graph.recorder import random_input, record
+from ptq.graph.recorder import noise_for, random_input, record
 from ptq.graph.regions import make_regions
 from ptq.graph.source_line import first_line, user_line
 
@@ -65,7 +65,9 @@ def trace(model: nn.Module, input_shape: tuple[int, int, int]) -> fx.GraphModule
             float either; the message names the line of its source.
     """
     with torch.inference_mode(False):  # whose tensors do not tell whether they were written into
-        return _traced(own_copy(model), input_shape)
+        original = own_copy(model)
+        with noise_for(original, input_shape):
+            return _traced(original, input_shape)
 
 
 def _traced(original: nn.Module, input_shape: tuple[int, int, int]) -> fx.GraphModule:
@@ -204,7 +206,10 @@ def _compare(original: nn.Module, gm: fx.GraphModule, input_shape: tuple[int, in
             "the network's output has no class dimension; wrap it in a module that returns [B, K] or [B, K, H, W]"
         )
     if not bool(torch.isfinite(expected).all()):
-        raise ModelError("the network's output on random input is not finite; are there NaNs among its weights?")
+        raise ModelError(
+            "the network's output is not finite, neither on normal noise nor on numbers from 0 to 1; are there NaNs among its "
+            "weights, or does it take other numbers only?"
+        )
     if expected.shape != got.shape or not torch.allclose(
         expected, got, rtol=0, atol=_RELATIVE * float(expected.abs().max()) + 1e-30
     ):

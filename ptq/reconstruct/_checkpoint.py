@@ -52,7 +52,7 @@ def restore(cache: BatchCache | None, k: int, student: fx.GraphModule, block: Bl
         assert grid is not None
         device = grid.scale.device
         store_integer(layer, "weight", codes.to(device), QParams(scale, zero_point, grid.spec).to(device))
-    for path, bias in state["biases"].items():
+    for path, bias in state.get("biases", {}).items():
         layer = student.get_submodule(path)
         swap(layer, "bias", FloatBias(), bias.to(layer.weight.device))  # pyright: ignore[reportArgumentType]
     for quantizer, scale in zip(_quantizers(student, block), state["scales"], strict=True):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq.graph.fold_bn import fold_batch_norm, fold_error, unfolded
+from ptq.graph.layers import AddConstant, MulConstant
 from ptq.graph.ops import weighted_nodes
 from ptq.graph.trace import trace
 from tests.stages import assert_unchanged, fingerprint, relative_error, values
@@ -137,7 +138,53 @@ def _also_read(f: nn.Module, g: nn.Module, x: Tensor) -> Tensor:
     return g(y) * y
 
 
+class Scaled(nn.Module):
+    """A residual branch whose end is scaled, as EDSR and networks with a layer scale do; nothing but the folded layers stays."""
+
+    def __init__(self, layer: nn.Module, body: Callable, *shape: int) -> None:
+        super().__init__()
+        self.layer, self.body = layer, body
+        self.scale = nn.Parameter(10 ** torch.linspace(-2, 0.5, max(1, *shape, 0)).reshape(shape or (1,)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.layer, self.scale, x)
+
+
+SCALED = {
+    "a number": lambda: Scaled(nn.Conv2d(3, 3, 3, padding=1), lambda f, g, x: x + (f(x) * 0.1 + 1)),
+    "channels of a convolution": lambda: Scaled(nn.Conv2d(3, 3, 1), lambda f, g, x: x + g * f(x), 3, 1, 1),
+    "channels of tokens": lambda: Scaled(
+        nn.Linear(3, 3), lambda f, g, x: x.flatten(2).transpose(1, 2) + g * f(x.flatten(2).transpose(1, 2)), 3
+    ),
+    "behind a permutation": lambda: Scaled(
+        nn.Linear(3, 3), lambda f, g, x: x + g * f(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), 3, 1, 1
+    ),
+}
+UNSCALED = {
+    "columns": lambda: Scaled(nn.Conv2d(3, 3, 1), lambda f, g, x: x + g * f(x), 16),
+    "tokens": lambda: Scaled(nn.Linear(3, 3), lambda f, g, x: x.flatten(2).mT + g * f(x.flatten(2).mT), 256, 1),
+    "read elsewhere": lambda: Scaled(nn.Conv2d(3, 3, 1), lambda f, g, x: (y := f(x)) + g * y, 3, 1, 1),
+}
+
+
+@pytest.mark.parametrize(("cases", "left"), [(SCALED, 0), (UNSCALED, 1)], ids=["folded", "kept"])
+def test_products_with_constants(cases: dict, left: int):
+    for case, net in cases.items():
+        teacher = trace(net(), SHAPE)
+        folded = fold_batch_norm(teacher)
+        kept = [m for m in folded.modules() if isinstance(m, MulConstant | AddConstant)]
+        assert len(kept) == left and fold_error(teacher, folded, images()) < _RELATIVE, case
+
+
+def test_batch_norm_of_transposed_tokens_is_folded():
+    net = Pair(nn.Linear(3, 6), nn.BatchNorm1d(6), lambda f, g, x: g(f(x.flatten(2).transpose(1, 2)).transpose(1, 2)))
+    teacher = trace(net, SHAPE)
+    folded = fold_batch_norm(teacher)
+    assert unfolded(folded) == [] and fold_error(teacher, folded, images()) < _RELATIVE
+
+
 FOLDED = {
+    "with an epsilon of its own": lambda: Pair(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6, eps=0.1)),
     "without affine parameters": lambda: Pair(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6, affine=False)),
     "behind a linear layer": lambda: Pair(nn.Linear(768, 6), nn.BatchNorm1d(6), lambda f, g, x: g(f(x.flatten(1)))),
     "on a network's only layer": lambda: Pair(nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6)),

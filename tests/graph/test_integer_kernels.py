@@ -1,5 +1,7 @@
 """Integer kernels and float functions against onnxruntime's own, on every code or on many numbers, bit for bit."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import onnxruntime
 import pytest
@@ -9,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from ptq.graph import runtime_functions as runtime
-from ptq.graph.integer_kernels import IntegerAverage, IntegerMul, IntegerTable
+from ptq.graph.integer_kernels import IntegerAverage, IntegerMean, IntegerMul, IntegerTable, Requantize
 from ptq.graph.layers import ResizeBilinear
 from ptq.quant.affine import QParams, dequantize
 from ptq.spec import QuantSpec
@@ -20,7 +22,7 @@ _TYPES = {np.dtype(np.uint8): TensorProto.UINT8, np.dtype(np.float32): TensorPro
 
 def _runtime(op: str, inputs: dict[str, np.ndarray], constants: dict[str, np.ndarray], order: str, **attributes):
     """The result of one operator on the CPU; `order`: its inputs."""
-    domain = "com.microsoft" if op.startswith("QLinear") else ""
+    domain = "com.microsoft" if op.startswith("QLinear") and op != "QLinearConv" else ""
     node = helper.make_node(op, order.split(" "), ["y"], domain=domain, **attributes)
     values = [helper.make_tensor_value_info(k, _TYPES[v.dtype], v.shape) for k, v in inputs.items()]
     result = helper.make_tensor_value_info("y", _TYPES[next(iter(inputs.values())).dtype], None)
@@ -59,6 +61,40 @@ def test_product_of_every_pair_of_codes(seed):
     inputs = {"a": x.numpy().astype(np.uint8), "b": w.numpy().astype(np.uint8)}
     theirs = _runtime("QLinearMul", inputs, _constants(a=a, b=b, y=y), "a a_s a_z b b_s b_z y_s y_z")
     ours = IntegerMul(a, b, y, (0, 255))(dequantize(x, a), dequantize(w, b))
+    assert np.array_equal(_codes(ours, y), theirs)
+
+
+@pytest.mark.parametrize("multiplier", [0.5, 0.25, 0.0123, 0.37, 1.0])
+def test_accumulators_are_rescaled(multiplier: float):
+    """Every code times every weight; at a half and a quarter, every second and fourth is a tie, which goes to the even code."""
+    weight = torch.arange(-127, 128, dtype=torch.int32)
+    y = QParams(torch.tensor(0.01), torch.tensor(128, dtype=torch.int32), QuantSpec(8, False, False))
+    scale = torch.full((255,), np.float32(multiplier)) * y.scale
+    layer = SimpleNamespace(scale=scale, by_channel=lambda v: v.view(-1, 1, 1))
+    total = _ALL.view(256, 1, 1, 1) * weight.view(1, -1, 1, 1)
+    ours = Requantize(layer, y, (0, 255))(total)  # type: ignore[arg-type]
+    constants = {
+        "x_s": np.array(1.0, np.float32), "x_z": np.array(0, np.uint8), "w": weight.numpy().astype(np.int8).reshape(255, 1, 1, 1),
+        "w_s": scale.numpy(), "w_z": np.zeros(255, np.int8), **_constants(y=y),
+    }  # fmt: skip
+    inputs = {"x": _ALL.numpy().astype(np.uint8).reshape(256, 1, 1, 1)}
+    theirs = _runtime("QLinearConv", inputs, constants, "x x_s x_z w w_s w_z y_s y_z")
+    assert np.array_equal(_codes(ours, y), theirs) and len(np.unique(theirs)) > 50
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_means_of_whole_maps(seed):
+    rng = np.random.default_rng(seed)
+    x, y, side = _grid(rng, 0.01, 0.05), _grid(rng, 0.002, 0.02), int(rng.integers(1, 9))
+    codes = torch.from_numpy(rng.integers(0, 256, (4, 64, side, side)).astype(np.int32))
+    theirs = _runtime(
+        "QLinearGlobalAveragePool",
+        {"x": codes.numpy().astype(np.uint8)},
+        _constants(x=x, y=y),
+        "x x_s x_z y_s y_z",
+        channels_last=0,
+    )
+    ours = IntegerMean(x, y, (0, 255))(dequantize(codes, x))
     assert np.array_equal(_codes(ours, y), theirs)
 
 

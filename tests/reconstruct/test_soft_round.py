@@ -1,4 +1,4 @@
-"""Soft rounding where channels differ in size."""
+"""Soft rounding: what is trained at which rate, what is dropped, and channels that differ in size."""
 
 from typing import Any
 
@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from ptq.contracts import Feedback
+from ptq.contracts import Feedback, make_rng
 from ptq.quant.fake_quant import ActFakeQuant, integer_codes
 from ptq.reconstruct._loop import reconstruct_blocks
+from ptq.reconstruct._soft_round import annealed_beta, attach_soft, dropped_input, sped_up
 from ptq.reconstruct.genie_m import GenieM
 from tests.stages import prepare, prepared
 from tests.zoo import images
@@ -79,3 +80,42 @@ def _idle_in_training(bits: str) -> tuple[set[int], set[int]]:
 def test_much_finer_grids_are_left_out_of_training(bits: str, idle: set[int], busy: set[int]):
     """Those of 8 bits beside 4; alone in a block, as behind the first layer, they are trained."""
     assert _idle_in_training(bits) == (idle, busy)
+
+
+def test_an_element_is_from_the_teacher_with_the_probability_of_dropping():
+    """QDrop, equation 8: of the block's input, and of every quantizer inside that is trained."""
+    method, rng = GenieM(drop=0.25), make_rng(0, "drop")
+    seen = dropped_input(method, torch.ones(200, 200), torch.zeros(200, 200), rng)
+    assert float(seen.mean()) == pytest.approx(0.25, abs=0.01) and set(seen.unique().tolist()) == {0.0, 1.0}
+    block = prepare("residual", "w4a4").student
+    attach_soft(method, block, rng)
+    drops = {m.drop for m in block.modules() if isinstance(m, ActFakeQuant) and not m.idle}
+    assert drops == {0.25}
+
+
+def test_annealing():
+    """No penalty for a fifth of the training, then β from 20 to 2."""
+    found = [annealed_beta(p, 0.2, 20.0, 2.0) for p in (0.0, 0.19, 0.2, 0.6, 1.0)]
+    assert found[:2] == [None, None] and found[2:] == pytest.approx([20.0, 11.0, 2.0])
+
+
+def test_soft_bits_are_faster_where_steps_are_few():
+    assert [sped_up(1e-3, 20000, n) for n in (40000, 20000, 5000, 1000, 100)] == pytest.approx(
+        [1e-3, 1e-3, 4e-3, 2e-2, 2e-2]
+    )
+
+
+def test_biases_are_trained_on_request():
+    """At a rate relative to their mean size; at 0 no group has them."""
+    counts = {}
+    for rate in (0.0, 1e-2):
+        block = prepare("residual", "w4a4").student
+        groups = attach_soft(GenieM(), block, make_rng(0, "drop"), lr_bias=rate)
+        biases = {id(p) for name, p in block.named_parameters() if name.endswith("bias.original")}
+        mine = [g for g in groups if id(g["params"][0]) in biases]
+        counts[rate] = len(mine)
+        for group in mine:
+            assert group["cosine"] and group["lr"] == pytest.approx(
+                rate * float(group["params"][0].detach().abs().mean())
+            )
+    assert counts[0.0] == 0 and counts[1e-2] > 2
