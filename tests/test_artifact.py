@@ -1,6 +1,7 @@
 """Saved networks: whole or not at all, bit-equal when loaded, one line when damaged."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -168,3 +169,31 @@ def test_files_that_nothing_vouches_for(saved):
     (saved[1] / "other.proof.json").write_text("[]")
     with pytest.raises(ptq.ArtifactError, match="cannot be read"):
         check_written(saved[1], saved[1] / "other.onnx")
+
+
+def test_a_folder_is_known_whatever_the_path_to_it(saved, tmp_path, monkeypatch):
+    """No missing folder on the way hides what there is."""
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("years of work")
+    monkeypatch.chdir(tmp_path)
+    for path in ("missing/../precious", "missing/.."):
+        with pytest.raises(ptq.ArtifactError, match="exists"):
+            saved[0].save(path)
+    assert (tmp_path / "precious" / "thesis.txt").read_text() == "years of work"
+
+
+def test_what_comes_meanwhile_stays(tmp_path):
+    """A folder that takes the name while the work is done: it stays, and so does the work."""
+    with pytest.raises(ptq.ArtifactError, match=r"The result is in .*out-2"), whole_folder(tmp_path / "out") as partial:
+        (partial / "result").write_text("hours")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.txt").write_text("years")
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.*") if p.is_file()) == ["out/thesis.txt"]
+    assert (tmp_path / "out-2" / "result").read_text() == "hours"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out-2"]
+
+
+def test_names_of_files_need_not_be_text(saved, tmp_path):
+    qm = replace(saved[0], manifest=replace(saved[0].manifest, source="model\udcff.pt"))
+    qm.save(tmp_path / "named")
+    assert ptq.QuantizedModel.load(tmp_path / "named").manifest.source == "model?.pt"

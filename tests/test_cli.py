@@ -1,7 +1,9 @@
 """The command line as a user meets it: results, one-line errors, exit status, nothing left behind."""
 
+import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import ptq
 from ptq.cli import main
 from ptq.reconstruct import _loop
 from tests.zoo import build
@@ -295,3 +298,52 @@ def test_run_that_is_told_to_stop_leaves_no_output(work, capsys, monkeypatch):
 def test_module_runs_as_a_program():
     done = subprocess.run([sys.executable, "-m", "ptq", "--help"], capture_output=True, text=True, check=True)
     assert "quantize" in done.stdout
+
+
+def test_folders_beside_the_output_that_others_made_stay(work, capsys, monkeypatch):
+    for name in ("out.progress", "out.failed"):
+        Path(name).mkdir()
+        Path(name, "mine.txt").write_text("years")
+    from ptq.exporters.onnx_qdq import OnnxQdq
+
+    assert quantize("--quiet") == 0
+    assert [p.name for p in Path("out.progress").iterdir()] == ["mine.txt"]
+    with monkeypatch.context() as patched:
+        patched.setattr(OnnxQdq, "verify", _spoil(OnnxQdq.verify))
+        assert quantize("--quiet", "--force") == 1
+    assert [p.name for p in Path("out.failed").iterdir()] == ["mine.txt"] and Path(
+        "out.failed-2/manifest.json"
+    ).is_file()
+
+
+def test_a_terminal_that_lacks_characters(monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), "ascii"))
+    assert main(["list"]) == 0
+    sys.stdout.flush()
+    assert b"genie" in sys.stdout.buffer.getvalue()  # type: ignore[attr-defined]
+
+
+def test_none_is_an_answer_from_python_too(work):
+    with pytest.raises(ptq.SpecError, match="'nearest' is rounding without training"):
+        ptq.quantize(build("residual"), "w4a4", "gaussian:count=8", input_shape=(3, 16, 16), rounding=None)  # type: ignore[arg-type]
+    qm = ptq.quantize(
+        build("residual"), "w4a4", "gaussian:count=8", input_shape=np.array([3, 16, 16]), rounding="nearest", finish="none",
+        target="none", layers="fc=w8", mean=0.5, std=0.25,
+    )  # fmt: skip
+    assert (
+        qm.manifest.recipe["finish"] is None
+        and qm.manifest.recipe["layers"] == ["fc=w8"]
+        and qm.manifest.mean == (0.5,) * 3
+    )
+
+
+@pytest.mark.parametrize("where", ["demo", "my demo"])
+def test_the_demo_runs_the_command_it_shows(where: str, tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    from ptq import demo
+
+    monkeypatch.setattr(demo, "train", lambda x, y: build("residual"))
+    ran, said = [], []
+    demo.run_demo(tmp_path / where, lambda words: ran.extend(words) or 0, said.append)
+    assert shlex.split(said[-1].strip().removeprefix("$ "))[1:] == ran and str(tmp_path / where / "model.pt") in ran

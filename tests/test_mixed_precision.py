@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import ptq
+from ptq import mixed_precision, plugins
 from ptq.cli import main
 from ptq.contracts import Feedback
 from ptq.errors import SpecError
@@ -192,3 +193,33 @@ def test_activations_stay_free_where_only_the_weights_were_set():
     common = {"seed": 0, "device": _CPU, "feedback": Feedback()}
     plan = plan_within(gm, Budget("bops", 1.05 * least), set_by_hand, images(), lp, **common)
     assert plan.weights[middle].bits == 8 and bit_operations(gm, plan) <= 1.05 * least
+
+
+def test_no_more_images_are_made_than_judge():
+    with pytest.MonkeyPatch.context() as patched:
+        made = []
+        gather = mixed_precision.gather
+        patched.setattr(
+            mixed_precision, "gather", lambda source, *args: made.append(source.count) or gather(source, *args)
+        )
+        ptq.bit_sensitivity(build("residual"), "gaussian:count=64", input_shape=SHAPE, widths=(4,), count=8)
+    assert made == [8]
+
+
+def test_a_plan_for_a_target(tmp_path):
+    """What a target cannot take is said before images are made; with what it asks for, the plan is one that it takes."""
+
+    def plan(**more):
+        return ptq.bit_sensitivity(
+            build("residual"), "gaussian:count=8", input_shape=SHAPE, widths=(4,), count=8, budget="auto:size=2KB,a8",
+            target="tensorrt", **more,
+        ).plan  # fmt: skip
+
+    with pytest.raises(ptq.ExportError, match="add --activations signed"):
+        plan()
+    found = plan(weights="symmetric", activations="signed")
+    target = plugins.build("exporters", "tensorrt")
+    target.check(prepare("residual").folded, found)
+    unsuited = make_plan(prepare("residual").folded, BitConfig(4, 8), PlanRules())
+    with pytest.raises(ptq.ExportError, match="have it made again"):
+        ptq.quantize(build("residual"), data="gaussian:count=8", input_shape=SHAPE, plan=unsuited, target="tensorrt")

@@ -246,3 +246,10 @@ def test_a_network_that_ends_in_a_softmax_is_told_of():
 def test_missing_files_are_told_before_anything_is_traced(data: str):
     with pytest.raises(ptq.CalibrationError, match="nowhere"):
         ptq.synthesize(nn.LSTM(3, 3), data, input_shape=SHAPE)
+
+
+def test_one_output_is_no_classifier():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 1))
+    assert ptq.synthesize(net, "auto:count=4", input_shape=SHAPE).source.startswith("gaussian")
+    with pytest.raises(ptq.CalibrationError, match="two classes or more"):
+        ptq.synthesize(net, "inceptionism:count=4,steps=2", input_shape=SHAPE)

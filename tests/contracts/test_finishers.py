@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import ptq
-from ptq import plugins
+from ptq import pipeline, plugins
 from ptq.augment import beta
 from ptq.contracts import Feedback, hold_back, make_rng
 from ptq.errors import SpecError
@@ -132,3 +132,25 @@ def test_nothing_to_tune_is_said():
         net, "w8a8", images(64), input_shape=SHAPE, rounding="nearest", scales="power_of_two", finish="logits:steps=2"
     )
     assert any("nothing to tune" in note for note in qm.manifest.notes)
+
+
+def test_images_that_judge_are_seen_by_nothing_else(monkeypatch: pytest.MonkeyPatch):
+    x, seen = images(64), []
+    work, held = hold_back(x, 0.25, 0)
+    assert len(work) == 48 and len(held) == 16
+    rows = {tuple(v.flatten().tolist()) for v in x}
+    assert {tuple(v.flatten().tolist()) for v in torch.cat([work, held])} == rows and len(rows) == 64
+    rebuild = pipeline.reconstruct_blocks
+    monkeypatch.setattr(
+        pipeline, "reconstruct_blocks", lambda a, b, x, *r, **k: seen.append(x) or rebuild(a, b, x, *r, **k)
+    )
+    ptq.quantize(
+        build("residual"),
+        "w4a4",
+        x,
+        input_shape=SHAPE,
+        rounding="genie_m:steps=2",
+        finish="logits:steps=2,held_out=0.25",
+    )
+    work, held = hold_back(x, 0.25, 0)
+    assert len(seen) == 1 and torch.equal(seen[0], work)

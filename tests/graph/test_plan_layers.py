@@ -53,3 +53,18 @@ def test_layers_of_own_classes_have_their_names():
     gm = trace(nn.Sequential(nn.Sequential(_OwnConv(3, 4, 3), nn.ReLU()), _OwnConv(4, 2, 1)).eval(), SHAPE)
     assert [str(n.target) for n in weighted_nodes(gm)] == ["0.0", "1"]
     assert [n.meta["shape"][0] for n in weighted_nodes(gm)] == [4, 2]
+
+
+def test_a_tensor_is_as_wide_as_any_of_its_readers_needs():
+    """What is asked of one layer narrows no other."""
+    gm = trace(_Heads().eval(), SHAPE)
+    entering = {n.target: n.all_input_nodes[0].meta["value"] for n in weighted_nodes(gm)}
+
+    def bits(*asked: str) -> int:
+        plan = make_plan(gm, BitConfig.parse("w6a6"), PlanRules(overrides=tuple(map(Override.parse, asked))))
+        assert entering["heads.0"] in plan.values
+        return plan.values[entering["heads.0"]].bits
+
+    # Both heads read the same values, one of them through a pool, which shares its grid.
+    assert bits() == 6 and bits("heads.0=a4") == 6 and bits("heads.0=a8") == 8
+    assert bits("heads.0=a4", "heads.1=a4") == 4

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ptq.graph.ops import OPS, find_op, input_node, output_node
+from ptq.graph.recorder import random_input
 from ptq.graph.trace import trace
 from tests.stages import relative_error, values
 from tests.zoo import SHAPE, ZOO, build, images
@@ -242,3 +243,19 @@ def test_within_inference_mode():
     with torch.inference_mode():
         gm = trace(net, SHAPE)
     assert torch.equal(gm(1e7 * images(2)), net(1e7 * images(2))) and float(gm(1e7 * images(2)).abs().max()) > 0
+
+
+@pytest.mark.parametrize("start", [torch.log, torch.sqrt, lambda x: x**0.45], ids=["log", "sqrt", "gamma"])
+def test_networks_for_positive_inputs(start):
+    class Spectral(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.conv(start(x + 0.01)).relu().mean((2, 3)))
+
+    net, x = Spectral().eval(), torch.rand(4, *SHAPE)
+    with torch.no_grad():
+        assert torch.allclose(trace(net, SHAPE)(x), net(x), atol=1e-6)
+    assert random_input(net, 2, SHAPE).min() < 0  # for the next network, noise is normal again
