@@ -59,7 +59,13 @@ class Manifest:
         known = {f.name: data[f.name] for f in fields(cls) if f.name in data}
         for name in ("input_shape", "mean", "std"):
             known[name] = tuple(known[name]) if known[name] is not None else None
-        return cls(**known)
+        made = cls(**known)
+        shape = made.input_shape
+        if len(shape) != 3 or not all(isinstance(n, int) for n in shape) or not isinstance(made.recipe, dict):
+            raise ArtifactError(
+                f"input shape {shape}, recipe {type(made.recipe).__name__}: three numbers and a table are needed"
+            )
+        return made
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,10 @@ class QuantSpec:
     power_of_two: bool = False
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise SpecError(f"{self.bits} bits asked for; integer grids have 2 to 8 bits")
+        if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
+            raise SpecError(f"{self.bits} bits asked for; integer grids have 2 to 8 bits, a whole number")
+        if not (isinstance(self.signed, bool) and isinstance(self.symmetric, bool)):
+            raise SpecError(f"signed={self.signed!r}, symmetric={self.symmetric!r} given; each is true or false")
 
     @property
     def qmin(self) -> int:
