@@ -106,6 +106,19 @@ class FloatBias(nn.Module):
         return bias
 
 
+class _Rounded(torch.autograd.Function):
+    """A bias on the accumulator's grid, in as few passes as there can be: there is one in every step for each layer."""
+
+    @staticmethod
+    def forward(ctx, bias: Tensor, input_scale: Tensor, weight_scale: Tensor) -> Tensor:
+        step = input_scale * weight_scale
+        return (bias / step).round_().clamp_(-BIAS_LIMIT, BIAS_LIMIT).mul_(step)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        return grads[0], None, None
+
+
 class BiasFakeQuant(nn.Module):
     """Parametrization of a float bias in training: rounded to the accumulator's grid as it stands, the gradient straight through.
 
@@ -118,9 +131,7 @@ class BiasFakeQuant(nn.Module):
 
     def forward(self, bias: Tensor) -> Tensor:
         source, layer = self.held
-        step = bias_params(source.scale, weight_grid(layer).scale).scale  # type: ignore[arg-type, union-attr]
-        codes = (bias.detach() / step).round().clamp(-BIAS_LIMIT, BIAS_LIMIT)
-        return codes * step + (bias - bias.detach())
+        return _Rounded.apply(bias, source.scale, weight_grid(layer).scale)  # type: ignore[union-attr, return-value]
 
 
 def set_weight_fake_quant(layer: nn.Module, q: QParams) -> None:
