@@ -207,7 +207,7 @@ def check_free(folder: Path, overwrite: bool, mark: str = MANIFEST) -> None:
 
     mark: the file by which a folder that may be overwritten is known.
     """
-    named, folder = folder, folder.resolve()  # "missing/../here" is here, though the system finds nothing by that name
+    named, folder = folder, _resolved(folder)  # "missing/../here" is here, though the system finds nothing by that name
     _check_writable(folder)
     if folder.is_dir() and not any(folder.iterdir()):
         return
@@ -217,6 +217,13 @@ def check_free(folder: Path, overwrite: bool, mark: str = MANIFEST) -> None:
         raise ArtifactError(f"{named} exists; name another folder or overwrite it with --force (overwrite=True)")
     if folder.exists() and not (folder / mark).is_file():
         raise ArtifactError(f"{named} was not written by this program (no {mark}); it is not overwritten")
+
+
+def _resolved(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as e:  # links in a circle
+        raise ArtifactError(f"{path} cannot be written: {e}") from e
 
 
 def _check_writable(folder: Path) -> None:
@@ -232,7 +239,7 @@ def whole_folder(folder: Path, overwrite: bool = False, mark: str = MANIFEST) ->
     Where something else has taken that name meanwhile, it takes the next free one, and the error says which.
     """
     check_free(folder, overwrite, mark)
-    folder = folder.resolve()  # a link stays one: what it points to is written
+    folder = _resolved(folder)  # a link stays one: what it points to is written
     partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
     old = folder.parent / f".{folder.name}.old-{os.getpid()}"
     try:
@@ -245,22 +252,28 @@ def whole_folder(folder: Path, overwrite: bool = False, mark: str = MANIFEST) ->
             check_free(folder, overwrite, mark)
         except ArtifactError as e:
             partial.rename(spare := free_name(folder))
-            raise ArtifactError(f"{e}; it was not there when the work began. The result is in {spare}") from e
+            raise ArtifactError(f"{e}; it has changed since the work began. The result is in {spare}") from e
         if folder.exists():
             folder.rename(old)
-        partial.rename(folder)
+        try:
+            partial.rename(folder)
+        except BaseException:
+            if old.exists():  # the old result is better than none
+                old.rename(folder if not folder.exists() else free_name(folder))
+            raise
     except OSError as e:
         raise ArtifactError(f"{folder} cannot be written: {e}") from e
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        if old.exists() and not folder.exists():  # the old result is better than none
+        if old.exists() and not folder.exists():  # stopped between two renamings
             old.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
 
 
 def free_name(path: Path) -> Path:
     """The first of name-2, name-3, … beside `path` that nothing has."""
-    return next(p for k in itertools.count(2) if not (p := path.with_name(f"{path.name}-{k}")).exists())
+    names = (path.with_name(f"{path.name}-{k}") for k in itertools.count(2))
+    return next(p for p in names if not os.path.lexists(p))
 
 
 def read_plan(path: Path) -> QuantPlan:

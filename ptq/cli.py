@@ -57,9 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Exit status: 0; 2 for a usage error or bad input; 1 where the work itself failed; 130 interrupted; 143 stopped by SIGTERM.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a character that the terminal lacks is no reason to fail
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks is no reason to fail
     args = build_parser(_COMMANDS).parse_args(argv)
     logging.basicConfig(level=logging.INFO if args.debug else logging.WARNING, format="%(name)s: %(message)s")
     try:

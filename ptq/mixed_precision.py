@@ -289,7 +289,8 @@ def bit_sensitivity(
     """
     for bits in widths:
         QuantSpec(bits, True, True)  # says which widths there are
-    exporter = plugins.build("exporters", target) if isinstance(target, str) else target
+    exporter = None if target == "none" else target
+    exporter = plugins.build("exporters", exporter) if isinstance(exporter, str) else exporter
     placed: dict[str, Any] = {} if exporter is None else dict(exporter.rules)
     rules = PlanRules(edges, weights=weights, activations=activations, scales=scales, **placed)
     estimate = estimators(ranges)[0]
@@ -298,10 +299,9 @@ def bit_sensitivity(
     networks = trace_all(model, teachers, run)
     folded = fold_batch_norm(networks[0])
     plan = make_plan(folded, BitConfig(8, 8), rules)
+    first = plan if wanted is None else first_plan(folded, wanted, rules)
     if exporter is not None:
-        exporter.check(folded, plan)
-    if wanted is not None:
-        check_budget(folded, wanted, rules)
+        exporter.check(folded, first)
     source = settle_source(source, networks, run, effort)
     if getattr(source, "count", 0) > count:
         source = replace(source, count=count)

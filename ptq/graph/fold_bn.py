@@ -3,9 +3,9 @@
     W' = W · γ/√(σ²+ε),   b' = (b - μ) · γ/√(σ²+ε) + β
 
 So it does with products and sums of a layer's channels and constants, which is what a frozen BatchNorm, a layer scale and a factor
-of a residual branch are, with several in a row, and behind permutations. A BatchNorm with no such layer before it, or whose input
-is used elsewhere too, stays as a float operation; so does one straight behind a linear layer on tokens, `[B, L, C]`: it normalizes
-each of the L tokens, not what the layer's rows yield.
+of a residual branch are, and with several in a row. A BatchNorm with no such layer before it, or whose input is used elsewhere too,
+stays as a float operation; so does one behind a linear layer on tokens, `[B, L, C]`: it normalizes each of the L tokens, not what
+the layer's rows yield. So does what reads a permuted result: the values between would no longer be the teacher's.
 """
 
 from typing import Any
@@ -27,10 +27,10 @@ def fold_batch_norm(gm: fx.GraphModule) -> fx.GraphModule:
     with rewrite(gm) as out:
         for node in [n for n in out.graph.nodes if (op := find_op(out, n)) is not None and op.name in _TAKES_IN]:
             while (found := _behind(out, node)) is not None:
-                last, norm, (gain, shift) = found
+                norm, (gain, shift) = found
                 _fold(out.get_submodule(str(node.target)), gain, shift)
-                last.meta["value"] = norm.meta["value"]
-                norm.replace_all_uses_with(last)
+                node.meta["value"] = norm.meta["value"]
+                norm.replace_all_uses_with(node)
                 out.graph.erase_node(norm)
     return out
 
@@ -38,24 +38,14 @@ def fold_batch_norm(gm: fx.GraphModule) -> fx.GraphModule:
 _TAKES_IN = ("conv", "linear", "conv_transpose")
 
 
-def _behind(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, fx.Node, tuple[Tensor, Tensor]] | None:
-    """What alone reads a layer, or its permuted result, and multiplies and shifts its channels; None where nothing does so.
-
-    Returns:
-        What it reads, the reader itself, gain and shift [C].
-    """
-    axis, channels = channel_axis(gm, node), node.meta["shape"][channel_axis(gm, node) - 1]
-    while len(node.users) == 1:
-        reader = next(iter(node.users))
-        op = find_op(gm, reader)
-        if reader.op != "call_module":
-            return None
-        module = gm.get_submodule(str(reader.target))
-        if op is None or op.name != "permute":
-            found = _affine(module, 1 + len(node.meta["shape"]), axis, channels)
-            return None if found is None else (node, reader, found)
-        node, axis = reader, list(module.dims).index(axis)  # type: ignore[arg-type]
-    return None
+def _behind(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, tuple[Tensor, Tensor]] | None:
+    """What alone reads a layer and multiplies and shifts its channels, with gain and shift [C]; None where nothing does so."""
+    users, axis = list(node.users), channel_axis(gm, node)
+    if len(users) != 1 or users[0].op != "call_module":
+        return None
+    shape = node.meta["shape"]
+    found = _affine(gm.get_submodule(str(users[0].target)), 1 + len(shape), axis, shape[axis - 1])
+    return None if found is None else (users[0], found)
 
 
 def _affine(module: nn.Module, ndim: int, axis: int, channels: int) -> tuple[Tensor, Tensor] | None:

@@ -75,6 +75,7 @@ def shapes_only(a: Any) -> Any:
     return fx.node.map_aggregate(a, lambda v: TensorShape(tuple(v.shape), v.dtype) if isinstance(v, Tensor) else v)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+_BATCHES = (2, 3, 5)  # all that networks are run on while they are traced
 _POSITIVE: ContextVar[bool] = ContextVar("positive", default=False)
 
 
@@ -98,7 +99,7 @@ def _finite(model: nn.Module, shape: tuple[int, int, int]) -> bool:
     found: list[Tensor] = []
     try:
         with torch.no_grad():
-            result = copy.deepcopy(model)(random_input(model, 2, shape))
+            result = [copy.deepcopy(model)(random_input(model, batch, shape)) for batch in _BATCHES]
         fx.node.map_aggregate(result, lambda v: found.append(v) if isinstance(v, Tensor) else None)  # pyright: ignore[reportAttributeAccessIssue]
         return all(bool(v.isfinite().all()) for v in found)
     except Exception:  # what is wrong with it is found and said where it is traced

@@ -156,11 +156,11 @@ SCALED = {
     "channels of tokens": lambda: Scaled(
         nn.Linear(3, 3), lambda f, g, x: x.flatten(2).transpose(1, 2) + g * f(x.flatten(2).transpose(1, 2)), 3
     ),
+}
+UNSCALED = {
     "behind a permutation": lambda: Scaled(
         nn.Linear(3, 3), lambda f, g, x: x + g * f(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), 3, 1, 1
     ),
-}
-UNSCALED = {
     "columns": lambda: Scaled(nn.Conv2d(3, 3, 1), lambda f, g, x: x + g * f(x), 16),
     "tokens": lambda: Scaled(nn.Linear(3, 3), lambda f, g, x: x.flatten(2).mT + g * f(x.flatten(2).mT), 256, 1),
     "read elsewhere": lambda: Scaled(nn.Conv2d(3, 3, 1), lambda f, g, x: (y := f(x)) + g * y, 3, 1, 1),
@@ -174,13 +174,9 @@ def test_products_with_constants(cases: dict, left: int):
         folded = fold_batch_norm(teacher)
         kept = [m for m in folded.modules() if isinstance(m, MulConstant | AddConstant)]
         assert len(kept) == left and fold_error(teacher, folded, images()) < _RELATIVE, case
-
-
-def test_batch_norm_of_transposed_tokens_is_folded():
-    net = Pair(nn.Linear(3, 6), nn.BatchNorm1d(6), lambda f, g, x: g(f(x.flatten(2).transpose(1, 2)).transpose(1, 2)))
-    teacher = trace(net, SHAPE)
-    folded = fold_batch_norm(teacher)
-    assert unfolded(folded) == [] and fold_error(teacher, folded, images()) < _RELATIVE
+        wanted, found = values(teacher, images()), values(folded, images())
+        assert found.keys() <= wanted.keys(), case
+        assert all(relative_error(found[name], wanted[name]) < _RELATIVE for name in found), case
 
 
 FOLDED = {
