@@ -56,7 +56,11 @@ def _affine(module: nn.Module, ndim: int, axis: int, channels: int) -> tuple[Ten
         gain = (module.weight.double() if module.weight is not None else torch.ones_like(std)) / std
         shift = module.bias.double() if module.bias is not None else torch.zeros_like(std)
         return (gain, shift - module.running_mean.double() * gain) if axis == 1 else None
-    if isinstance(module, AddConstant | MulConstant) and module.value.ndim <= ndim:
+    if (
+        isinstance(module, AddConstant | MulConstant)
+        and module.value.ndim <= ndim
+        and bool(module.value.isfinite().all())
+    ):
         value = module.value.detach().double()
         along = [1] * ndim
         along[axis] = value.numel()

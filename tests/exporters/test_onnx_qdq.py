@@ -269,7 +269,7 @@ def test_float_operations_are_named(tmp_path):
             self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 10)
 
         def forward(self, x):
-            return self.head(F.gelu(self.conv(x) * 2).mean((2, 3)))
+            return self.head(F.gelu(self.conv(x).relu() * 2).mean((2, 3)))
 
     qm = ptq.quantize(Net().eval(), "w8a8", images(), input_shape=SHAPE, rounding="nearest")
     proof = ptq.export(qm, "onnx_qdq", tmp_path / "m.onnx", images=images())
