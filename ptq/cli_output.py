@@ -52,7 +52,7 @@ def where_from(model: Path, arch: str | None, target: str) -> dict[str, Any]:
 
 def target_of(args: argparse.Namespace) -> Exporter | None:
     """The exporter of `--target`, or None where it says none."""
-    return None if args.target in (None, "none") else plugins.build("exporters", args.target)
+    return plugins.chosen("exporters", args.target)
 
 
 def progress_folder(args: argparse.Namespace) -> Path:

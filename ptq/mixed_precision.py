@@ -25,6 +25,7 @@ from ptq.graph.blocks import input_value_node
 from ptq.graph.fold_bn import fold_batch_norm
 from ptq.graph.ops import weighted_nodes
 from ptq.graph.plan import QuantPlan, activated, edge_layers, make_plan, names_layer
+from ptq.proof import check_target
 from ptq.quant.ranges import Estimator, estimators
 from ptq.run import outside_inference_mode, start_run
 from ptq.sensitivity import WIDTHS, Cost, activation_costs, noise_of, weight_costs
@@ -289,8 +290,7 @@ def bit_sensitivity(
     """
     for bits in widths:
         QuantSpec(bits, True, True)  # says which widths there are
-    exporter = None if target == "none" else target
-    exporter = plugins.build("exporters", exporter) if isinstance(exporter, str) else exporter
+    exporter = plugins.chosen("exporters", target)
     placed: dict[str, Any] = {} if exporter is None else dict(exporter.rules)
     rules = PlanRules(edges, weights=weights, activations=activations, scales=scales, **placed)
     estimate = estimators(ranges)[0]
@@ -300,8 +300,7 @@ def bit_sensitivity(
     folded = fold_batch_norm(networks[0])
     plan = make_plan(folded, BitConfig(8, 8), rules)
     first = plan if wanted is None else first_plan(folded, wanted, rules)
-    if exporter is not None:
-        exporter.check(folded, first)
+    check_target(exporter, folded, first)
     source = settle_source(source, networks, run, effort)
     if getattr(source, "count", 0) > count:
         source = replace(source, count=count)
@@ -315,6 +314,5 @@ def bit_sensitivity(
     if wanted is None:
         return BitSensitivity(shown)
     plan = plan_by(folded, wanted, rules, costs)
-    if exporter is not None:
-        exporter.check(folded, plan)
+    check_target(exporter, folded, plan)
     return BitSensitivity(shown, plan, weight_bytes(folded, plan), bit_operations(folded, plan))

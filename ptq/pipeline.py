@@ -188,8 +188,7 @@ def _within_budget(folded: fx.GraphModule, planned: QuantPlan, asked: Request, i
     planned = run.timed(
         "bit widths", plan_within, folded, asked.wanted, asked.rules, images[:256], asked.estimates[0], **_common(run)
     )
-    if asked.exporter is not None:
-        asked.exporter.check(folded, planned)
+    check_target(asked.exporter, folded, planned)
     return planned
 
 

@@ -123,6 +123,17 @@ def build(kind: Kind, text: str, effort: str = "full", *, training: bool = False
         raise PluginError(f"{name} needs {_missing(cls, options)}, as in '{name}:{example}'") from e
 
 
+def chosen(kind: Kind, choice: Any, effort: str = "full") -> Any:
+    """What an optional argument asks for: text is built, an object is itself, and None or "none" is None.
+
+    Raises:
+        PluginError: as `build`.
+    """
+    if choice in (None, "none"):
+        return None
+    return build(kind, choice, effort) if isinstance(choice, str) else choice
+
+
 def read_options(cls: type, name: str, text: str, effort: str = "full") -> dict[str, Any]:
     """The options that "steps=500,count=256" gives to `cls`, which messages call `name`.
 

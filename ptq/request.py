@@ -69,10 +69,7 @@ def resolve(
         raise SpecError("rounding=None given; 'nearest' is rounding without training")
     source = build_source(data, effort)
     method = plugins.build("reconstructors", rounding, effort) if isinstance(rounding, str) else rounding
-    finisher = None if finish == "none" else finish
-    finisher = plugins.build("finishers", finisher, effort) if isinstance(finisher, str) else finisher
-    exporter = None if target == "none" else target
-    exporter = plugins.build("exporters", exporter) if isinstance(exporter, str) else exporter
+    finisher, exporter = plugins.chosen("finishers", finish, effort), plugins.chosen("exporters", target)
     placed = _settled(by_target, exporter)
     layers = [layers] if isinstance(layers, str) else layers
     overrides = tuple(Override.parse(o) if isinstance(o, str) else o for o in layers)
