@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ptq.spec import QuantSpec
 
+_INSIDE = 0.501  # steps that rounding moves a value inside the range, and what float32 adds
+
 
 @dataclass(frozen=True, slots=True)
 class QParams:
@@ -60,32 +62,41 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, s: Tensor, z: Tensor | None, qmin: int, qmax: int, skip: Tensor | None) -> Tensor:
-        code, train = x / s, any(ctx.needs_input_grad)  # the code, not yet rounded
-        if train and skip is not None:
-            code.addcmul_(code, skip, value=-1)  # 0, a code inside: the gate in `backward` is then open where skipped
-        if z is None:
-            out = (code.round() if train else code.round_()).clamp_(qmin, qmax).mul_(s)
-        else:
-            shifted = code + z if train else None
-            out, code = code.round_().add_(z).clamp_(qmin, qmax).sub_(z).mul_(s), shifted
+        out = (x / s).round_()  # one tensor, passed over in place: these are what a step of training waits for
+        out = out.clamp_(qmin, qmax) if z is None else out.add_(z).clamp_(qmin, qmax).sub_(z)
+        out.mul_(s)
         if skip is not None:
             out.lerp_(x, skip)
-        if train:
-            ctx.save_for_backward(x, s, code, out)
-            ctx.ends = qmin - 0.5, qmax + 0.5
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(x, s, out)
         return out
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
         (grad,) = grads
-        x, s, code, out = ctx.saved_tensors
+        x, s, out = ctx.saved_tensors
+        error = out - x  # at most half a step inside, 0 where skipped
+        if s.numel() == 1 and s.device.type == "cpu":  # reading a number off a GPU would wait for it
+            half = _INSIDE * float(s)
+        else:
+            error, half = error.div_(s), _INSIDE
         # One pass that writes floats: comparing into booleans costs as much as ten of the other operations here.
-        grad_x = torch.ops.aten.hardtanh_backward(grad, code, *ctx.ends)
+        grad_x = torch.ops.aten.hardtanh_backward.grad_input(grad, error, -half, half, grad_input=error)
         grad_s = None
         if ctx.needs_input_grad[1]:
             # ∂x̂/∂s = (x̂ - x · [inside]) / s: round(v) - v inside, the clamped code outside, 0 where skipped.
-            grad_s = (grad * out).addcmul_(grad_x, x, value=-1).sum_to_size(s.shape) / s
+            grad_s = (sum_of_products(grad, out, s) - sum_of_products(grad_x, x, s)) / s
         return grad_x if ctx.needs_input_grad[0] else None, grad_s, None, None, None, None
+
+
+def sum_of_products(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
+    """Σ a · b over all dimensions that `like` does not have."""
+    if like.numel() == 1 and a.stride() == b.stride():
+        if a.ndim == 4 and a.is_contiguous(memory_format=torch.channels_last):
+            a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
+        if a.is_contiguous():
+            return torch.dot(a.reshape(-1), b.reshape(-1)).reshape(like.shape)  # no tensor of products in between
+    return (a * b).sum_to_size(like.shape)
 
 
 def fake_quantize(x: Tensor, q: QParams, skip: Tensor | None = None) -> Tensor:

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ptq.quant.affine import QParams, dequantize, fake_quantize, quantize
+from ptq.quant.masks import random_mask
 from ptq.spec import QuantSpec
 
 BIAS_LIMIT = 2**30  # half of int32: the accumulator itself needs room beside the bias
-_BITS = torch.tensor([[1], [2], [4], [8], [16], [32], [64], [128]], dtype=torch.uint8)
 
 
 class _Grid(nn.Module):
@@ -61,35 +61,6 @@ class Dequantize(_Grid):
 
     def forward(self, codes: Tensor) -> Tensor:
         return dequantize(codes.to(torch.int32), self.qparams)
-
-
-def random_mask(x: Tensor, p: float, rng: torch.Generator | None) -> Tensor:
-    """A mask shaped like `x`, in its dtype and layout: 1 with probability `p` (to 1/256), else 0."""
-    if x.device.type != "cpu":
-        return (torch.rand(x.shape, device=x.device, generator=rng) < p).to(x.dtype)
-    # Sixty-four elements from one draw of 64 bits where p is a half, eight elsewhere: torch.rand would cost more than the
-    # convolution beside it. Comparisons write floats at once: booleans are several times slower.
-    mask = torch.empty_like(x)
-    flat, level = mask.as_strided((x.numel(),), (1,)), round(p * 256)
-    if level == 128:
-        bits = _random_bytes(x.numel() // 8 + 1, rng) & _BITS
-        torch.gt(bits.view(-1)[: x.numel()], 0, out=flat)
-    elif level < 256:
-        torch.lt(_random_bytes(x.numel(), rng)[: x.numel()], level, out=flat)
-    else:  # 256 would wrap to 0 as a byte
-        flat.fill_(1)
-    return mask
-
-
-def _random_bytes(count: int, rng: torch.Generator | None) -> Tensor:
-    """At least `count` random bytes."""
-    return torch.empty((count + 7) // 8, dtype=torch.int64).random_(-(2**63), None, generator=rng).view(torch.uint8)
-
-
-def mix(x: Tensor, other: Tensor, p: float, rng: torch.Generator | None) -> Tensor:
-    """Element-wise: `x` with probability `p`, else `other`."""
-    # torch.where is several times slower than torch.lerp, whose ends are exact.
-    return torch.lerp(other, x, random_mask(x, p, rng))
 
 
 def weight_grid(layer: nn.Module) -> _Grid | None:

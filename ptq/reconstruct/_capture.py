@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from ptq.errors import ReconstructionError
 from ptq.graph.blocks import Block
+from ptq.quant.affine import sum_of_products
 
 _BATCH = 64
 _SHARE = 0.25  # of the memory that is free, where no limit is given
@@ -183,12 +184,12 @@ class _SquaredError(torch.autograd.Function):
         error = x - y
         slope = error if f is None else error * f
         ctx.save_for_backward(slope)
-        return (error * slope).sum()
+        return sum_of_products(error, slope, error.new_zeros(()))
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
         (slope,) = ctx.saved_tensors
-        return slope * (2 * grads[0]), None, None
+        return slope.mul_(2 * grads[0]), None, None
 
 
 def block_error(outputs: list[Tensor], targets: list[Tensor], fisher: list[Tensor] | None = None) -> Tensor:

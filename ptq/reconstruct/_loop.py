@@ -43,8 +43,10 @@ from ptq.reconstruct._capture import (
 )
 from ptq.reconstruct._checkpoint import keep, restore
 from ptq.reconstruct._fisher import fisher_weights
+from ptq.reconstruct._in_place import relus_in_place
 from ptq.reconstruct._precision import in_bfloat16
 from ptq.reconstruct._soft_round import SoftRound
+from ptq.reconstruct._steps import Steps
 
 log = logging.getLogger(__name__)
 
@@ -181,7 +183,7 @@ def _trained(job: _Job, method: Reconstructor, seed: int, feedback: Feedback, pl
     nearest = [integer_codes(layer, "weight") for layer in job.layers]
     biases = _biases(job.student, job.block)
     # The caller may have switched gradients off.
-    with torch.enable_grad(), in_bfloat16(job.layers, job.half) as job.half:
+    with torch.enable_grad(), relus_in_place(job.module), in_bfloat16(job.layers, job.half) as job.half:
         sound = _train(job, method, seed, feedback, place)
     for quantizer in quantizers:
         quantizer.drop, quantizer.mask_rng, quantizer.idle = 0.0, None, False
@@ -228,15 +230,10 @@ def _train(job: _Job, method: Reconstructor, seed: int, feedback: Feedback, plac
         return True
     for node in _weighted(job.student, job.block):
         fake_quantize_bias(job.student, node)  # what that costs, the rest of the block makes up for
-    optimizer = torch.optim.Adam(groups, fused=True)
-    rates = [group["lr"] for group in optimizer.param_groups]
-    count, (k, total) = len(job.targets[0]), place
+    steps, count, (k, total) = Steps(groups), len(job.targets[0]), place
     for step in range(method.steps):
-        progress = step / method.steps
-        for group, rate in zip(optimizer.param_groups, rates):
-            group["lr"] = rate * (0.5 * (1 + math.cos(math.pi * progress)) if group["cosine"] else 1.0)
         pick = torch.randint(count, (min(method.batch_size, count),), generator=pick_rng)
-        loss = _step(job, method, optimizer, pick, mask_rng, progress)
+        loss = _step(job, method, steps, pick, mask_rng, step / method.steps)
         feedback.progress("reconstruction", k * method.steps + step + 1, total * method.steps)
         if step % _LOOK == 0 and not math.isfinite(float(loss)):
             feedback.progress("reconstruction", (k + 1) * method.steps, total * method.steps)
@@ -245,12 +242,7 @@ def _train(job: _Job, method: Reconstructor, seed: int, feedback: Feedback, plac
 
 
 def _step(
-    job: _Job,
-    method: Reconstructor,
-    optimizer: torch.optim.Optimizer,
-    pick: Tensor,
-    rng: torch.Generator,
-    progress: float,
+    job: _Job, method: Reconstructor, steps: Steps, pick: Tensor, rng: torch.Generator, progress: float
 ) -> Tensor:
     """One optimizer step; the loss before it."""
 
@@ -265,9 +257,9 @@ def _step(
         outputs = job.module(*seen)
     fisher = None if job.fisher is None else compared(batch(job.fisher))
     loss = method.loss(job.module, compared(list(outputs)), compared(batch(job.targets)), fisher, progress)
-    optimizer.zero_grad(set_to_none=True)
+    steps.clear()
     loss.backward()
-    optimizer.step()
+    steps.step(progress)
     return loss.detach()
 
 

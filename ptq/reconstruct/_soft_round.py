@@ -11,10 +11,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import hardtanh
 
 from ptq.quant.affine import QParams, along_axis
-from ptq.quant.fake_quant import ActFakeQuant, WeightFakeQuant, mix, swap, weight_grid
+from ptq.quant.fake_quant import ActFakeQuant, WeightFakeQuant, swap, weight_grid
+from ptq.quant.masks import mix
 from ptq.reconstruct._capture import block_error
 
 _WIDER = 4  # bits
@@ -39,6 +39,33 @@ class _Penalty(torch.autograd.Function):
         return slope * (grads[0] * (-2 * ctx.beta)), None
 
 
+class _SoftWeight(torch.autograd.Function):
+    """W_q and h(V), of one pass forwards and one backwards for each operation that there must be."""
+
+    @staticmethod
+    def forward(ctx, v: Tensor, s: Tensor, base: Tensor, shift: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
+        sigmoid = torch.sigmoid(v)
+        stretched = sigmoid * (_ZETA - _GAMMA) + _GAMMA
+        h = stretched.clamp(0, 1)
+        code = base + h
+        levels = code.clamp(qmin, qmax).sub_(shift)
+        ctx.save_for_backward(s, sigmoid, stretched, code, levels)
+        ctx.ends = qmin, qmax
+        ctx.set_materialize_grads(False)
+        return levels * s, h
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        grad_w, grad_h = grads  # of h: only where the penalty counts
+        s, sigmoid, stretched, code, levels = ctx.saved_tensors
+        # hardtanh's gradient is a clamp's, in one pass instead of five.
+        grad = torch.ops.aten.hardtanh_backward(grad_w * s, code, *ctx.ends)
+        grad = grad if grad_h is None else grad.add_(grad_h)
+        grad = torch.ops.aten.hardtanh_backward(grad, stretched, 0, 1).mul_(_ZETA - _GAMMA)
+        grad_s = (grad_w * levels).sum_to_size(s.shape) if ctx.needs_input_grad[1] else None
+        return torch.ops.aten.sigmoid_backward(grad, sigmoid), grad_s, None, None, None, None
+
+
 class SoftRound(nn.Module):
     """Parametrization of `weight`: codes between ⌊W/s⌋ and the next, by the trained `v`; `gain` is trained on request.
 
@@ -61,6 +88,7 @@ class SoftRound(nn.Module):
         # h(V) starts at the fraction: the network starts unrounded.
         fraction = ((ratio - base - _GAMMA) / (_ZETA - _GAMMA)).clamp(1e-6, 1 - 1e-6)
         self.v = nn.Parameter(torch.log(fraction / (1 - fraction)))
+        self.softened: Tensor | None = None  # h(V) of the weights last computed
 
     @property
     def scale(self) -> Tensor:
@@ -69,12 +97,12 @@ class SoftRound(nn.Module):
 
     def softness(self) -> Tensor:
         """h(V), in [0, 1]."""
-        # hardtanh is a clamp whose gradient takes one pass instead of five.
-        return hardtanh(torch.sigmoid(self.v) * (_ZETA - _GAMMA) + _GAMMA, 0, 1)
+        return (torch.sigmoid(self.v) * (_ZETA - _GAMMA) + _GAMMA).clamp(0, 1)
 
     def forward(self, weight: Tensor) -> Tensor:
-        soft = hardtanh(self.base + self.softness(), self.spec.qmin, self.spec.qmax)  # type: ignore[operator]
-        return (soft - self.shift) * along_axis(self.scale, soft.ndim, self.spec.axis)  # pyright: ignore[reportOperatorIssue]
+        s = along_axis(self.scale, weight.ndim, self.spec.axis)
+        w, self.softened = _SoftWeight.apply(self.v, s, self.base, self.shift, self.spec.qmin, self.spec.qmax)  # type: ignore[misc]
+        return w
 
     @torch.no_grad()
     def harden(self) -> tuple[Tensor, QParams]:
@@ -85,7 +113,8 @@ class SoftRound(nn.Module):
 
     def penalty(self, beta: float) -> Tensor:
         """Σ (1 - |2h(V) - 1|^β): 0 where every weight is decided. Ref: AdaRound, eq. 24."""
-        return _Penalty.apply(self.softness(), beta)  # type: ignore[return-value]
+        h, self.softened = self.softened, None  # of the weights in use; not kept beyond their gradient
+        return _Penalty.apply(self.softness() if h is None else h, beta)  # type: ignore[return-value]
 
 
 def soften(layer: nn.Module) -> SoftRound:

@@ -12,8 +12,6 @@ from ptq.quant.fake_quant import (
     ActFakeQuant,
     BiasFakeQuant,
     integer_codes,
-    mix,
-    random_mask,
     set_weight_fake_quant,
     store_integer,
     store_integer_bias,
@@ -162,50 +160,3 @@ def test_drop_keeps_some_elements_float(device: torch.device):
     assert bool(((out == x) | (out == rounded)).all())
     # 8192 draws: 5 standard deviations of a fair coin are 0.028.
     assert float((out == x).float().mean()) == pytest.approx(0.5, abs=0.028)
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("p", [0.0, 0.25, 0.5, 0.9, 0.999, 1.0])
-def test_mix_takes_the_first_with_probability_p(p: float, layout: torch.memory_format, device: torch.device):
-    x = torch.ones(9, 7, 31, 33, device=device).to(memory_format=layout)
-    share = float(mix(x, -x, p, make_rng(0, "mix", device)).eq(1).float().mean())
-    # 64449 draws: 5 standard deviations are at most 0.01; and the mask has 256 levels, to 1/512.
-    assert share == pytest.approx(p, abs=0.01 + 1 / 512)
-    if p in (0.0, 1.0):
-        assert share == p
-
-
-@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
-def test_random_mask(p: float, device: torch.device):
-    x = torch.full((3, 5, 31, 33), torch.nan, device=device)
-    mask = random_mask(x, p, make_rng(0, "mask", device))
-    assert mask.shape == x.shape and mask.dtype == x.dtype and mask.device == x.device
-    assert bool(((mask == 0) | (mask == 1)).all())
-    # 15345 draws: 5 standard deviations are 0.019; and 256 levels.
-    assert float(mask.mean()) == pytest.approx(p, abs=0.019 + 1 / 512)
-
-
-@pytest.mark.parametrize("shape", [(5,), (3, 7), (2, 3, 5, 7), (4, 1, 3, 3), (1, 8, 1, 1)])
-def test_mix_is_determined_by_its_generator(shape: tuple[int, ...], device: torch.device):
-    layouts = (torch.contiguous_format, torch.channels_last) if len(shape) == 4 else (torch.contiguous_format,)
-    for layout in layouts:
-        a, b = (torch.randn(shape, device=device).to(memory_format=layout) for _ in range(2))
-        runs = [mix(a, b, 0.5, make_rng(3, "mix", device)) for _ in range(2)]
-        assert torch.equal(*runs) and runs[0].shape == a.shape
-        assert bool(((runs[0] == a) | (runs[0] == b)).all())
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_mix_draws_differ(layout: torch.memory_format, device: torch.device):
-    x = torch.ones(2, 16, 8, 8, device=device).to(memory_format=layout)
-    rng = make_rng(0, "mix", device)
-    first, second, other = mix(x, -x, 0.5, rng), mix(x, -x, 0.5, rng), mix(x, -x, 0.5, make_rng(1, "mix", device))
-    # Independent masks agree on half of the 2048 elements; 5 standard deviations are 0.055.
-    for a, b in ((first, second), (first, other), (first[0], first[1]), (first[:, 0], first[:, 1])):
-        assert float((a == b).float().mean()) == pytest.approx(0.5, abs=0.055 if a is first else 0.25)
-
-
-def test_mix_leaves_the_global_rng_alone():
-    before = torch.random.get_rng_state()
-    mix(torch.ones(100), torch.zeros(100), 0.5, make_rng(0, "mix"))
-    assert torch.equal(torch.random.get_rng_state(), before)

@@ -7,10 +7,12 @@ import torch
 from torch import nn
 
 from ptq.contracts import Feedback, make_rng
+from ptq.quant.affine import QParams
 from ptq.quant.fake_quant import ActFakeQuant, integer_codes
 from ptq.reconstruct._loop import reconstruct_blocks
-from ptq.reconstruct._soft_round import annealed_beta, attach_soft, dropped_input, sped_up
+from ptq.reconstruct._soft_round import SoftRound, annealed_beta, attach_soft, dropped_input, sped_up
 from ptq.reconstruct.genie_m import GenieM
+from ptq.spec import QuantSpec
 from tests.stages import prepare, prepared
 from tests.zoo import images
 
@@ -119,3 +121,41 @@ def test_biases_are_trained_on_request():
                 rate * float(group["params"][0].detach().abs().mean())
             )
     assert counts[0.0] == 0 and counts[1e-2] > 2
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_soft_weights_and_their_gradients_are_those_of_the_formula(bits: int, symmetric: bool):
+    """The weight, h(V) and the penalty, and what each sends back, against autograd on the equations as they stand."""
+    torch.manual_seed(0)
+    weight = torch.randn(4, 3, 3, 3) * torch.tensor([1.0, 3.0, 0.1, 1.0]).view(4, 1, 1, 1)  # some beyond the range
+    scale, zero = torch.full((4,), 2.5 / 2**bits), torch.full((4,), 0 if symmetric else -1, dtype=torch.int32)
+    soft = SoftRound(weight, QParams(scale, zero, spec := QuantSpec(bits, True, symmetric, axis=0)))
+    soft.gain.requires_grad_()
+    with torch.no_grad():
+        soft.v += 2 * torch.randn_like(soft.v)  # some of h are cut off at 0 and 1
+    v, gain = (p.detach().clone().requires_grad_() for p in (soft.v, soft.gain))
+    h = (torch.sigmoid(v) * 1.2 - 0.1).clamp(0, 1)
+    z = zero.view(4, 1, 1, 1)
+    base = torch.floor(weight / scale.view(4, 1, 1, 1)) + z
+    expected = ((base + h).clamp(spec.qmin, spec.qmax) - z) * (scale * gain).view(4, 1, 1, 1)
+    penalty = (1 - (2 * h - 1).abs().pow(7.5)).sum()
+    toward = torch.randn_like(weight)
+    (0.7 * penalty + (expected * toward).sum()).backward()
+
+    found = soft(weight)
+    assert torch.allclose(found, expected)
+    cost = soft.penalty(7.5)
+    assert torch.allclose(cost, penalty)
+    (0.7 * cost + (found * toward).sum()).backward()
+    for mine, theirs in ((soft.v.grad, v.grad), (soft.gain.grad, gain.grad)):
+        assert mine is not None and theirs is not None and torch.allclose(mine, theirs, rtol=1e-4, atol=1e-6)
+    assert torch.allclose(soft.penalty(7.5), penalty)  # without weights computed before
+
+
+def test_without_a_penalty_soft_bits_are_trained_all_the_same():
+    soft = SoftRound(
+        torch.randn(4, 3), QParams(torch.ones(4), torch.zeros(4, dtype=torch.int32), QuantSpec(4, True, True, axis=0))
+    )
+    soft(torch.zeros(4, 3)).sum().backward()
+    assert soft.v.grad is not None and bool((soft.v.grad > 0).any()) and soft.gain.grad is None
