@@ -250,7 +250,7 @@ class Reconstructor(Protocol):
         ...
 
     def mix(self, teacher_in: Tensor, student_in: Tensor, rng: torch.Generator) -> Tensor:
-        """What the block sees in training, of the teacher's and the student's input."""
+        """What the block sees in training, of the teacher's and the student's input: this step's copies, which may be written to."""
         ...
 
     def loss(

@@ -91,12 +91,15 @@ class _FakeQuantize(torch.autograd.Function):
 
 def sum_of_products(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
     """Σ a · b over all dimensions that `like` does not have."""
-    if like.numel() == 1 and a.stride() == b.stride():
-        if a.ndim == 4 and a.is_contiguous(memory_format=torch.channels_last):
-            a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
-        if a.is_contiguous():
-            return torch.dot(a.reshape(-1), b.reshape(-1)).reshape(like.shape)  # no tensor of products in between
+    if like.numel() == 1 and a.stride() == b.stride() and in_one_piece(a):
+        a, b = (t.as_strided((t.numel(),), (1,)) for t in (a, b))  # in the order in which they lie
+        return torch.dot(a, b).reshape(like.shape)  # no tensor of products in between
     return (a * b).sum_to_size(like.shape)
+
+
+def in_one_piece(x: Tensor) -> bool:
+    """Whether a tensor's elements fill a stretch of memory, as those of images and activations do."""
+    return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
 def fake_quantize(x: Tensor, q: QParams, skip: Tensor | None = None) -> Tensor:

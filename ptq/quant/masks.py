@@ -10,13 +10,31 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from ptq.quant.affine import in_one_piece
+
 _STARTS, _STRIDE = 65536, 16  # places where a window can begin; elements between them: whole cache lines
 
-_pools: WeakKeyDictionary[torch.Generator, dict[tuple[float, torch.dtype], Tensor]] = WeakKeyDictionary()
+
+class _Pool:
+    """Bits of one probability, and the places where the next windows begin."""
+
+    def __init__(self, x: Tensor, p: float, rng: torch.Generator) -> None:
+        self.size, self.starts, self.rng = x.numel(), list[int](), rng
+        self.bits = (torch.rand(self.size + _STARTS * _STRIDE, generator=rng) < p).to(x.dtype)
+
+    def window(self, x: Tensor) -> Tensor:
+        """As many bits as `x` has elements, in its layout."""
+        if not self.starts:  # some at once: single draws take longer than what is done with them
+            self.starts = torch.randint(_STARTS, (256,), generator=self.rng).tolist()
+        strides = x.stride() if in_one_piece(x) else torch.empty(x.shape, device="meta").stride()
+        return self.bits.as_strided(x.shape, strides, self.starts.pop() * _STRIDE)
+
+
+_pools: WeakKeyDictionary[torch.Generator, dict[tuple[float, torch.dtype], _Pool]] = WeakKeyDictionary()
 
 
 def random_mask(x: Tensor, p: float, rng: torch.Generator | None) -> Tensor:
-    """A mask shaped like `x`, in its dtype, layout and on its device: 1 with probability `p`, else 0. It must not be written to.
+    """A mask shaped like `x`, in its dtype and on its device: 1 with probability `p`, else 0. It must not be written to.
 
     rng: on the device of `x`; None: torch's own.
     """
@@ -24,13 +42,12 @@ def random_mask(x: Tensor, p: float, rng: torch.Generator | None) -> Tensor:
         return (torch.rand(x.shape, device=x.device, generator=rng) < p).to(x.dtype)
     pools = _pools.setdefault(rng, {})
     pool = pools.get((p, x.dtype))
-    if pool is None or len(pool) < x.numel() + _STARTS * _STRIDE:
-        pool = pools[p, x.dtype] = (torch.rand(x.numel() + _STARTS * _STRIDE, generator=rng) < p).to(x.dtype)
-    start = int(torch.randint(_STARTS, (), generator=rng)) * _STRIDE
-    return pool.as_strided(x.shape, torch.empty_like(x, device="meta").stride(), start)
+    if pool is None or pool.size < x.numel():
+        pool = pools[p, x.dtype] = _Pool(x, p, rng)
+    return pool.window(x)
 
 
-def mix(x: Tensor, other: Tensor, p: float, rng: torch.Generator | None) -> Tensor:
-    """Element-wise: `x` with probability `p`, else `other`."""
-    # torch.where is several times slower than torch.lerp, whose ends are exact.
-    return torch.lerp(other, x, random_mask(x, p, rng))
+def mix_into(x: Tensor, other: Tensor, p: float, rng: torch.Generator | None) -> Tensor:
+    """`x`, each element of which `other`'s takes the place of with probability `p`."""
+    # torch.where is several times slower than lerp, whose ends are exact.
+    return x.lerp_(other, random_mask(x, p, rng))

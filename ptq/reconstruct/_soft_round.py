@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ptq.quant.affine import QParams, along_axis
 from ptq.quant.fake_quant import ActFakeQuant, WeightFakeQuant, swap, weight_grid
-from ptq.quant.masks import mix
+from ptq.quant.masks import mix_into
 from ptq.reconstruct._capture import block_error
 
 _WIDER = 4  # bits
@@ -211,8 +211,8 @@ def sped_up(lr: float, full_steps: int, steps: int) -> float:
 
 
 def dropped_input(o: SoftOptions, teacher_in: Tensor, student_in: Tensor, rng: torch.Generator) -> Tensor:
-    """Each element from the teacher with probability `drop`, else from the student. Ref: QDrop, eq. 8."""
-    return mix(teacher_in, student_in, o.drop, rng) if o.drop > 0 else student_in
+    """Each element from the teacher with probability `drop`, else from the student, in whose place they come. Ref: QDrop, eq. 8."""
+    return mix_into(student_in, teacher_in, o.drop, rng) if o.drop > 0 else student_in
 
 
 def soft_loss(

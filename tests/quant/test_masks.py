@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from ptq.contracts import make_rng
-from ptq.quant.masks import mix, random_mask
+from ptq.quant.masks import mix_into, random_mask
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("p", [0.0, 0.25, 0.5, 0.9, 0.999, 1.0])
 def test_mix_takes_the_first_with_probability_p(p: float, layout: torch.memory_format, device: torch.device):
     x = torch.ones(9, 7, 31, 33, device=device).to(memory_format=layout)
-    share = float(mix(x, -x, p, make_rng(0, "mix", device)).eq(1).float().mean())
+    share = float(mix_into(-x, x, p, make_rng(0, "mix", device)).eq(1).float().mean())
     # 64449 draws: 5 standard deviations are at most 0.01.
     assert share == pytest.approx(p, abs=0.01)
     if p in (0.0, 1.0):
@@ -33,7 +33,7 @@ def test_mix_is_determined_by_its_generator(shape: tuple[int, ...], device: torc
     layouts = (torch.contiguous_format, torch.channels_last) if len(shape) == 4 else (torch.contiguous_format,)
     for layout in layouts:
         a, b = (torch.randn(shape, device=device).to(memory_format=layout) for _ in range(2))
-        runs = [mix(a, b, 0.5, make_rng(3, "mix", device)) for _ in range(2)]
+        runs = [mix_into(b.clone(), a, 0.5, make_rng(3, "mix", device)) for _ in range(2)]
         assert torch.equal(*runs) and runs[0].shape == a.shape
         assert bool(((runs[0] == a) | (runs[0] == b)).all())
 
@@ -42,7 +42,7 @@ def test_mix_is_determined_by_its_generator(shape: tuple[int, ...], device: torc
 def test_mix_draws_differ(layout: torch.memory_format, device: torch.device):
     x = torch.ones(2, 16, 8, 8, device=device).to(memory_format=layout)
     rng = make_rng(0, "mix", device)
-    first, second, other = mix(x, -x, 0.5, rng), mix(x, -x, 0.5, rng), mix(x, -x, 0.5, make_rng(1, "mix", device))
+    first, second, other = (mix_into(-x, x, 0.5, r) for r in (rng, rng, make_rng(1, "mix", device)))
     # Independent masks agree on half of the 2048 elements; 5 standard deviations are 0.055.
     for a, b in ((first, second), (first, other), (first[0], first[1]), (first[:, 0], first[:, 1])):
         assert float((a == b).float().mean()) == pytest.approx(0.5, abs=0.055 if a is first else 0.25)
@@ -50,7 +50,7 @@ def test_mix_draws_differ(layout: torch.memory_format, device: torch.device):
 
 def test_mix_leaves_the_global_rng_alone():
     before = torch.random.get_rng_state()
-    mix(torch.ones(100), torch.zeros(100), 0.5, make_rng(0, "mix"))
+    mix_into(torch.ones(100), torch.zeros(100), 0.5, make_rng(0, "mix"))
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
