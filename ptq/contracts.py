@@ -246,7 +246,9 @@ class Reconstructor(Protocol):
 
     def attach(self, block: nn.Module, rng: torch.Generator) -> list[dict[str, Any]]:
         """Makes the rounding in `block` learnable. Returns Adam parameter groups, each with `params`, `lr` and `cosine`
-        (whether its learning rate falls to 0 along a half cosine)."""
+        (whether its learning rate falls to 0 along a half cosine), and what else Adam takes.
+
+        In training, ReLUs behind layers and sums write over what they read, hooks on those layers included."""
         ...
 
     def mix(self, teacher_in: Tensor, student_in: Tensor, rng: torch.Generator) -> Tensor:

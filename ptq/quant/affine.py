@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ptq.spec import QuantSpec
 
-_INSIDE = 0.501  # steps that rounding moves a value inside the range, and what float32 adds
+_INSIDE = 0.5001  # steps that rounding moves a value inside the range, and what float32 adds
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ class _FakeQuantize(torch.autograd.Function):
     Elements where `skip` is 1 stay as they are and let the gradient through.
 
     Ref: Esser et al., LSQ, ICLR 2020, eq. 3. Differs: inside is what rounds to a code of the grid, half a step more at either end
-    than there, as the value itself is rounded first and clamped then.
+    than there, as the value itself is rounded first and clamped then; a ten-thousandth of a step beyond counts as inside.
     """
 
     @staticmethod
@@ -72,26 +73,28 @@ class _FakeQuantize(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads: Tensor):
         (grad,) = grads
         x, s, out = ctx.saved_tensors
         error = out - x  # at most half a step inside, 0 where skipped
+        # ∂x̂/∂s = (x̂ - x · [inside]) / s: round(v) - v inside, the clamped code outside, 0 where skipped. In two sums, of which
+        # the first has no large parts that cancel, and the second none inside.
+        grad_s = sum_of_products(grad, error, s) if ctx.needs_input_grad[1] else None
         if s.numel() == 1 and s.device.type == "cpu":  # reading a number off a GPU would wait for it
-            half = _INSIDE * float(s)
+            half = _INSIDE * float(s.detach())
         else:
             error, half = error.div_(s), _INSIDE
         # One pass that writes floats: comparing into booleans costs as much as ten of the other operations here.
         grad_x = torch.ops.aten.hardtanh_backward.grad_input(grad, error, -half, half, grad_input=error)
-        grad_s = None
-        if ctx.needs_input_grad[1]:
-            # ∂x̂/∂s = (x̂ - x · [inside]) / s: round(v) - v inside, the clamped code outside, 0 where skipped.
-            grad_s = (sum_of_products(grad, out, s) - sum_of_products(grad_x, x, s)) / s
+        if grad_s is not None:
+            grad_s = (grad_s + sum_of_products(grad - grad_x, x, s)) / s
         return grad_x if ctx.needs_input_grad[0] else None, grad_s, None, None, None, None
 
 
 def sum_of_products(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
     """Σ a · b over all dimensions that `like` does not have."""
-    if like.numel() == 1 and a.stride() == b.stride() and in_one_piece(a):
+    if like.numel() == 1 and a.stride() == b.stride() and a.dtype == b.dtype and in_one_piece(a):
         a, b = (t.as_strided((t.numel(),), (1,)) for t in (a, b))  # in the order in which they lie
         return torch.dot(a, b).reshape(like.shape)  # no tensor of products in between
     return (a * b).sum_to_size(like.shape)
@@ -107,6 +110,8 @@ def fake_quantize(x: Tensor, q: QParams, skip: Tensor | None = None) -> Tensor:
 
     skip: same shape as `x`, of its dtype, 1 where an element stays float and 0 elsewhere.
     """
+    x = x.float()  # what layers give in bfloat16 is too coarse to be told from its code
+    skip = None if skip is None else skip.float()
     s = along_axis(q.scale, x.ndim, q.spec.axis)
     z = None if _zero(q) else along_axis(q.zero_point, x.ndim, q.spec.axis).to(x.dtype)
     return _FakeQuantize.apply(x, s, z, q.spec.qmin, q.spec.qmax, skip)  # type: ignore[return-value]

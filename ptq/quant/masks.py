@@ -2,7 +2,8 @@
 
 In training every activation asks for a mask in every step, and drawing a number per element takes longer than the convolution
 beside it. So a generator's bits are drawn once, somewhat more than one activation has elements, and each mask is a window of
-them that begins at a random place: bits are independent within a mask, and masks of one element are draws of their own.
+them that begins at one of 65,536 random places: bits are independent within a mask, and what an element gets from one mask says
+nothing of what it gets from the next, though two masks are one sequence, shifted.
 """
 
 from weakref import WeakKeyDictionary
@@ -19,17 +20,18 @@ class _Pool:
     """Bits of one probability, and the places where the next windows begin."""
 
     def __init__(self, x: Tensor, p: float, rng: torch.Generator) -> None:
-        self.size, self.starts, self.rng = x.numel(), list[int](), rng
+        self.size, self.starts = x.numel(), list[int]()
         self.bits = (torch.rand(self.size + _STARTS * _STRIDE, generator=rng) < p).to(x.dtype)
 
-    def window(self, x: Tensor) -> Tensor:
+    def window(self, x: Tensor, rng: torch.Generator) -> Tensor:
         """As many bits as `x` has elements, in its layout."""
         if not self.starts:  # some at once: single draws take longer than what is done with them
-            self.starts = torch.randint(_STARTS, (256,), generator=self.rng).tolist()
+            self.starts = torch.randint(_STARTS, (256,), generator=rng).tolist()
         strides = x.stride() if in_one_piece(x) else torch.empty(x.shape, device="meta").stride()
         return self.bits.as_strided(x.shape, strides, self.starts.pop() * _STRIDE)
 
 
+# Freed with their generators: a pool must not hold its own.
 _pools: WeakKeyDictionary[torch.Generator, dict[tuple[float, torch.dtype], _Pool]] = WeakKeyDictionary()
 
 
@@ -44,7 +46,7 @@ def random_mask(x: Tensor, p: float, rng: torch.Generator | None) -> Tensor:
     pool = pools.get((p, x.dtype))
     if pool is None or pool.size < x.numel():
         pool = pools[p, x.dtype] = _Pool(x, p, rng)
-    return pool.window(x)
+    return pool.window(x, rng)
 
 
 def mix_into(x: Tensor, other: Tensor, p: float, rng: torch.Generator | None) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 from torch import Tensor, fx
+from torch.autograd.function import once_differentiable
 
 from ptq.errors import ReconstructionError
 from ptq.graph.blocks import Block
@@ -187,6 +188,7 @@ class _SquaredError(torch.autograd.Function):
         return sum_of_products(error, slope, error.new_zeros(()))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads: Tensor):
         (slope,) = ctx.saved_tensors
         return slope.mul_(2 * grads[0]), None, None

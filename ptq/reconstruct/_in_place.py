@@ -13,15 +13,14 @@ _FREE = ("weighted", "join")  # their gradients do not need what they gave
 @contextmanager
 def relus_in_place(module: fx.GraphModule) -> Iterator[None]:
     """Lets those ReLUs of a block work in place for which autograd allows it, as long as the block is used within."""
-    may: dict[nn.ReLU | nn.ReLU6, bool] = {}
+    changed = []
     for node in module.graph.nodes:
         layer = module.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(layer, nn.ReLU | nn.ReLU6) and not layer.inplace:
             source = node.args[0]
             op = find_op(module, source)
-            free = op is not None and op.role in _FREE and len(source.users) == 1
-            may[layer] = free and may.get(layer, True)
-    changed = [layer for layer, free in may.items() if free]
+            if op is not None and op.role in _FREE and len(source.users) == 1:
+                changed.append(layer)
     try:
         for layer in changed:
             layer.inplace = True

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ptq.quant.affine import QParams, along_axis
 from ptq.quant.fake_quant import ActFakeQuant, WeightFakeQuant, swap, weight_grid
@@ -40,7 +41,7 @@ class _Penalty(torch.autograd.Function):
 
 
 class _SoftWeight(torch.autograd.Function):
-    """W_q and h(V), of one pass forwards and one backwards for each operation that there must be."""
+    """W_q and h(V) from V and s, with their gradients: autograd would make a dozen small operations of either way."""
 
     @staticmethod
     def forward(ctx, v: Tensor, s: Tensor, base: Tensor, shift: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
@@ -55,14 +56,19 @@ class _SoftWeight(torch.autograd.Function):
         return levels * s, h
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads: Tensor):
         grad_w, grad_h = grads  # of h: only where the penalty counts
         s, sigmoid, stretched, code, levels = ctx.saved_tensors
         # hardtanh's gradient is a clamp's, in one pass instead of five.
-        grad = torch.ops.aten.hardtanh_backward(grad_w * s, code, *ctx.ends)
-        grad = grad if grad_h is None else grad.add_(grad_h)
+        grad, grad_s = grad_h, None
+        if grad_w is not None:
+            grad = torch.ops.aten.hardtanh_backward(grad_w * s, code, *ctx.ends)
+            grad = grad if grad_h is None else grad.add_(grad_h)
+            grad_s = (grad_w * levels).sum_to_size(s.shape) if ctx.needs_input_grad[1] else None
+        if grad is None:
+            return None, None, None, None, None, None
         grad = torch.ops.aten.hardtanh_backward(grad, stretched, 0, 1).mul_(_ZETA - _GAMMA)
-        grad_s = (grad_w * levels).sum_to_size(s.shape) if ctx.needs_input_grad[1] else None
         return torch.ops.aten.sigmoid_backward(grad, sigmoid), grad_s, None, None, None, None
 
 
@@ -113,8 +119,8 @@ class SoftRound(nn.Module):
 
     def penalty(self, beta: float) -> Tensor:
         """Σ (1 - |2h(V) - 1|^β): 0 where every weight is decided. Ref: AdaRound, eq. 24."""
-        h, self.softened = self.softened, None  # of the weights in use; not kept beyond their gradient
-        return _Penalty.apply(self.softness() if h is None else h, beta)  # type: ignore[return-value]
+        h, self.softened = self.softened, None  # that of the weights in use, as long as its gradient is to come
+        return _Penalty.apply(h if h is not None and h.requires_grad else self.softness(), beta)  # type: ignore[return-value]
 
 
 def soften(layer: nn.Module) -> SoftRound:

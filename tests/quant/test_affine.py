@@ -161,3 +161,31 @@ def test_skipped_elements_stay_float_and_pass_the_gradient(spec: QuantSpec, devi
     assert torch.equal(grad_x, torch.where(skip == 1, upstream, rounded_x))
     # The same terms, each a difference of two of up to 255: float32 sums of up to 210 of them.
     torch.testing.assert_close(grad_scale, rounded_scale, rtol=1e-5, atol=210 * 255 * 2**-23)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("low", [0.0, -1.0])
+def test_the_scales_gradient_is_exact_on_large_tensors(bits: int, low: float):
+    """Sums of half a million products, beside the same in double precision: values far from 0, nothing cancels by chance."""
+    torch.manual_seed(0)
+    x = (torch.rand(8, 16, 64, 64) * (1 - low) + low).to(memory_format=torch.channels_last)
+    scale = torch.tensor(0.9 * (1 - low) / (2**bits - 1), requires_grad=True)
+    zero = torch.tensor(round(-low / scale.item()), dtype=torch.int32)
+    q = QParams(scale, zero, QuantSpec(bits, False, False))
+    grad = 1 + torch.rand_like(x)
+    out = fake_quantize(x, q)
+    out.backward(grad)
+    s, wide = scale.item(), x.double()
+    code = wide / s + int(zero)
+    inside = (code >= -0.5) & (code <= 2**bits - 0.5)
+    expected = float((grad.double() * (out.detach().double() - wide * inside)).sum() / s)
+    assert scale.grad is not None and float(scale.grad) == pytest.approx(expected, rel=2e-3)
+
+
+def test_what_comes_in_bfloat16_is_quantized_in_float32():
+    x = torch.rand(1000).mul(25).bfloat16().requires_grad_()
+    q = QParams(torch.tensor(0.1, requires_grad=True), torch.tensor(0, dtype=torch.int32), QuantSpec(8, False, True))
+    out = fake_quantize(x, q)
+    out.sum().backward()
+    assert out.dtype == torch.float32 and torch.equal(out, fake_quantize(x.detach().float(), q))
+    assert x.grad is not None and bool((x.grad == 1).all())  # all of them are inside

@@ -1,9 +1,13 @@
 """Random masks: how often they are 1, that draws are independent, that a generator decides them."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
 from ptq.contracts import make_rng
+from ptq.quant import masks
 from ptq.quant.masks import mix_into, random_mask
 
 
@@ -65,7 +69,7 @@ def test_each_element_is_drawn_anew_by_every_mask(device: torch.device):
 
 def test_one_generator_serves_every_size_and_probability(device: torch.device):
     rng = make_rng(0, "mask", device)
-    for size, p in ((10, 0.5), (100_000, 0.5), (3, 0.5), (2_000_000, 0.9), (50, 0.9)):
+    for size, p in ((10, 0.5), (100_000, 0.5), (3_000_000, 0.5), (3, 0.5), (2_000_000, 0.9), (50, 0.9)):
         mask = random_mask(torch.zeros(size, device=device), p, rng)
         assert mask.shape == (size,)
         assert size < 1000 or float(mask.mean()) == pytest.approx(p, abs=0.01)
@@ -78,6 +82,15 @@ def test_a_mask_of_a_view_has_its_shape(device: torch.device):
         assert mask.shape == x.shape and bool(((mask == 0) | (mask == 1)).all())
     rows = random_mask(wide[0, 0, 0].expand(30, 10), 0.5, make_rng(1, "mask", device))
     assert len(rows.unique(dim=0)) > 1  # elements that share a place in memory are drawn apart
+
+
+def test_bits_are_freed_with_their_generator():
+    rng = make_rng(0, "mask")
+    random_mask(torch.zeros(10), 0.5, rng)
+    before, gone = len(masks._pools), weakref.ref(rng)
+    del rng
+    gc.collect()
+    assert gone() is None and len(masks._pools) == before - 1
 
 
 def test_without_a_generator_torchs_own_draws():

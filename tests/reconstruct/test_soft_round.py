@@ -152,6 +152,20 @@ def test_soft_weights_and_their_gradients_are_those_of_the_formula(bits: int, sy
         assert mine is not None and theirs is not None and torch.allclose(mine, theirs, rtol=1e-4, atol=1e-6)
     assert torch.allclose(soft.penalty(7.5), penalty)  # without weights computed before
 
+    soft(weight)
+    with torch.no_grad():
+        soft(weight)  # somebody looks at the weights in between
+    soft.v.grad = None
+    soft.penalty(7.5).backward()
+    soft.v.grad, again = None, soft.v.grad
+    soft(weight)
+    soft.penalty(7.5).backward()  # the penalty alone
+    assert again is not None and bool(again.any()) and torch.equal(again, soft.v.grad)
+    two = soft(weight) + soft(weight)  # a layer that is called twice
+    soft.v.grad = None
+    (0.7 * soft.penalty(7.5) + (two * toward / 2).sum()).backward()
+    assert soft.v.grad is not None and torch.allclose(soft.v.grad, v.grad, rtol=1e-4, atol=1e-6)
+
 
 def test_without_a_penalty_soft_bits_are_trained_all_the_same():
     soft = SoftRound(

@@ -39,6 +39,36 @@ def test_moves_are_those_of_one_group_each(cosine: tuple[bool, ...]):
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
+def test_what_else_a_group_says_to_adam_counts():
+    for cosine in (True, False):
+        plain, decayed = (nn.Parameter(torch.ones(3)) for _ in range(2))
+        steps = Steps([
+            {"params": plain, "lr": 0.1, "cosine": cosine},
+            {"params": [decayed], "lr": 0.1, "cosine": cosine, "weight_decay": 10.0},
+        ])  # fmt: skip
+        steps.clear()
+        (-plain.sum() - decayed.sum()).backward()
+        steps.step(0.0)
+        assert torch.allclose(plain, torch.full((3,), 1.1)) and torch.allclose(decayed, torch.full((3,), 0.9))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_types_are_trained_too(dtype: torch.dtype):
+    first, second = nn.Parameter(torch.ones(3, dtype=dtype)), nn.Parameter(torch.ones(2))
+    steps = Steps([{"params": [p], "lr": 0.5, "cosine": True} for p in (first, second)])
+    steps.clear()
+    (first.sum() + second.sum()).backward()
+    steps.step(0.5)  # half of the rate
+    assert torch.allclose(first, torch.full_like(first, 0.75)) and torch.allclose(second, torch.full((2,), 0.75))
+
+
+def test_a_parameter_in_two_groups_is_refused():
+    p = nn.Parameter(torch.ones(3))
+    for cosine in ((True, True), (True, False), (False, False)):
+        with pytest.raises(ValueError, match="more than one"):
+            Steps([{"params": [p], "lr": 0.1, "cosine": c} for c in cosine])
+
+
 def test_what_has_no_gradient_stays():
     used, unused = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
     steps = Steps([{"params": [p], "lr": 0.1, "cosine": True} for p in (used, unused)])
