@@ -19,7 +19,6 @@ from rows import markdown
 from torch import Tensor, nn
 
 import ptq
-from ptq.contracts import Feedback
 
 
 class _Round(torch.autograd.Function):
@@ -126,7 +125,7 @@ def _package(network, images: Tensor, steps: int, precision: str) -> list[float]
     """Milliseconds a step of each block, the capture of its inputs and its judgement included."""
     qm = ptq.quantize(
         network.model, "w4a4", images, input_shape=network.shape, mean=network.mean, std=network.std, precision=precision,
-        rounding=f"genie_m:steps={steps},batch_size=32", feedback=Feedback(),
+        rounding=f"genie_m:steps={steps},batch_size=32",
     )  # fmt: skip
     return [1000 * block["seconds"] / steps for block in qm.manifest.blocks]
 

@@ -80,7 +80,7 @@ class _FakeQuantize(torch.autograd.Function):
         error = out - x  # at most half a step inside, 0 where skipped
         # ∂x̂/∂s = (x̂ - x · [inside]) / s: round(v) - v inside, the clamped code outside, 0 where skipped. In two sums, of which
         # the first has no large parts that cancel, and the second none inside.
-        grad_s = sum_of_products(grad, error, s) if ctx.needs_input_grad[1] else None
+        grad_s = sum_of_products(grad, error, s.shape) if ctx.needs_input_grad[1] else None
         if s.numel() == 1 and s.device.type == "cpu":  # reading a number off a GPU would wait for it
             half = _INSIDE * float(s.detach())
         else:
@@ -88,16 +88,16 @@ class _FakeQuantize(torch.autograd.Function):
         # One pass that writes floats: comparing into booleans costs as much as ten of the other operations here.
         grad_x = torch.ops.aten.hardtanh_backward.grad_input(grad, error, -half, half, grad_input=error)
         if grad_s is not None:
-            grad_s = (grad_s + sum_of_products(grad - grad_x, x, s)) / s
+            grad_s = (grad_s + sum_of_products(grad - grad_x, x, s.shape)) / s
         return grad_x if ctx.needs_input_grad[0] else None, grad_s, None, None, None, None
 
 
-def sum_of_products(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
-    """Σ a · b over all dimensions that `like` does not have."""
-    if like.numel() == 1 and a.stride() == b.stride() and a.dtype == b.dtype and in_one_piece(a):
+def sum_of_products(a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
+    """Σ a · b over all dimensions in which `shape` has but one index, or none."""
+    if shape.numel() == 1 and a.stride() == b.stride() and a.dtype == b.dtype and in_one_piece(a):
         a, b = (t.as_strided((t.numel(),), (1,)) for t in (a, b))  # in the order in which they lie
-        return torch.dot(a, b).reshape(like.shape)  # no tensor of products in between
-    return (a * b).sum_to_size(like.shape)
+        return torch.dot(a, b).reshape(shape)  # no tensor of products in between
+    return (a * b).sum_to_size(shape)
 
 
 def in_one_piece(x: Tensor) -> bool:
@@ -113,7 +113,7 @@ def fake_quantize(x: Tensor, q: QParams, skip: Tensor | None = None) -> Tensor:
     x = x.float()  # what layers give in bfloat16 is too coarse to be told from its code
     skip = None if skip is None else skip.float()
     s = along_axis(q.scale, x.ndim, q.spec.axis)
-    z = None if _zero(q) else along_axis(q.zero_point, x.ndim, q.spec.axis).to(x.dtype)
+    z = None if _zero(q) else along_axis(q.zero_point, x.ndim, q.spec.axis).float()
     return _FakeQuantize.apply(x, s, z, q.spec.qmin, q.spec.qmax, skip)  # type: ignore[return-value]
 
 

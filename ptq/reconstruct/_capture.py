@@ -185,7 +185,7 @@ class _SquaredError(torch.autograd.Function):
         error = x - y
         slope = error if f is None else error * f
         ctx.save_for_backward(slope)
-        return sum_of_products(error, slope, error.new_zeros(()))
+        return sum_of_products(error, slope, torch.Size())
 
     @staticmethod
     @once_differentiable

@@ -40,13 +40,18 @@ class _Penalty(torch.autograd.Function):
         return slope * (grads[0] * (-2 * ctx.beta)), None
 
 
+def _stretched(sigmoid: Tensor) -> Tensor:
+    """h(V) before it is cut off at 0 and 1."""
+    return sigmoid * (_ZETA - _GAMMA) + _GAMMA
+
+
 class _SoftWeight(torch.autograd.Function):
     """W_q and h(V) from V and s, with their gradients: autograd would make a dozen small operations of either way."""
 
     @staticmethod
     def forward(ctx, v: Tensor, s: Tensor, base: Tensor, shift: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
         sigmoid = torch.sigmoid(v)
-        stretched = sigmoid * (_ZETA - _GAMMA) + _GAMMA
+        stretched = _stretched(sigmoid)
         h = stretched.clamp(0, 1)
         code = base + h
         levels = code.clamp(qmin, qmax).sub_(shift)
@@ -103,7 +108,7 @@ class SoftRound(nn.Module):
 
     def softness(self) -> Tensor:
         """h(V), in [0, 1]."""
-        return (torch.sigmoid(self.v) * (_ZETA - _GAMMA) + _GAMMA).clamp(0, 1)
+        return _stretched(torch.sigmoid(self.v)).clamp(0, 1)
 
     def forward(self, weight: Tensor) -> Tensor:
         s = along_axis(self.scale, weight.ndim, self.spec.axis)
