@@ -225,7 +225,7 @@ def _softplus(b: Builder, node: fx.Node, out: str) -> str:
 
 
 def _softmax(b: Builder, node: fx.Node, out: str) -> str:
-    """In float: onnxruntime's kernel for codes yields 0 on grids finer than 1/256."""
+    """In float: onnxruntime's kernel for codes is off by single steps and, before 1.32, yields 0 on grids finer than 1/256."""
     return _add(b, "Softmax", b.inputs(node), out, kept=not is_read_as_float(b.gm, node), axis=b.module(node).dim)
 
 

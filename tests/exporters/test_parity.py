@@ -1,6 +1,7 @@
 """The gate as a whole: what passes each tensor's comparison and is wrong all the same is found end to end."""
 
 import onnx
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,8 @@ import ptq
 from ptq.errors import ExportError
 from ptq.evaluate import onnx_runner
 from tests.zoo import SHAPE, build, images
+
+_OVERFLOWS = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2]) < (1, 32)
 
 
 class Gated(nn.Module):
@@ -32,15 +35,17 @@ def _quantized(net: nn.Module, bits: str = "w8a8", **more) -> ptq.QuantizedModel
 
 
 def test_a_softmax_on_a_fine_grid(tmp_path):
-    """onnxruntime's kernel for codes yields 0 there."""
+    """onnxruntime's kernel for codes, before 1.32, yields 0 there."""
     proof = ptq.export(_quantized(Gated()), "onnx_qdq", tmp_path / "m.onnx")
     assert proof["passed"] and proof["differing_outputs"] <= 2
     assert "QLinearSoftmax" not in proof["kernels"]
 
 
+@pytest.mark.skipif(not (_OVERFLOWS or _parity.multiplies_exactly()), reason="without VNNI single steps may differ")
 def test_a_softmax_in_the_kernel_for_codes_is_found(monkeypatch, tmp_path):
+    """Until 1.32 it yields 0 for large values on a fine grid; since then it is off by single steps, as it was on coarse ones."""
     monkeypatch.setitem(_onnx_ops.EMITTERS, "softmax", _onnx_ops._plain("Softmax", lambda m: {"axis": m.dim}))
-    with pytest.raises(ExportError, match=r"apart|class differs"):
+    with pytest.raises(ExportError, match=r"apart|class differs" if _OVERFLOWS else "outputs differ from"):
         ptq.export(_quantized(Gated()), "onnx_qdq", tmp_path / "m.onnx")
 
 
