@@ -29,15 +29,20 @@ class Builder:
         self.initializers: dict[str, onnx.TensorProto] = {}
         self.names: dict[fx.Node, str] = {}
 
-    def add(self, op: str, inputs: list[str], output: str, **attributes: Any) -> str:
-        """Appends a node and returns the name of its output."""
-        self.nodes.append(helper.make_node(op, inputs, [output], name=f"{output}/{op}", **attributes))
+    def add(self, op: str, inputs: list[str], output: str, *, named: bool = True, **attributes: Any) -> str:
+        """Appends a node and returns the name of its output: a number unless it is to be `named`."""
+        output, name = (output, f"{output}/{op}") if named else (f"c.{len(self.nodes)}", None)
+        self.nodes.append(helper.make_node(op, inputs, [output], name=name, **attributes))
         return output
 
     def constant(self, name: str, array: np.ndarray) -> str:
         """Adds an initializer and returns its name."""
         self.initializers[name] = numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name)
         return name
+
+    def value(self, name: str) -> np.ndarray:
+        """What an initializer holds."""
+        return numpy_helper.to_array(self.initializers[name])
 
     def packed(self, name: str, codes: np.ndarray, bits: int = 4, signed: bool = True) -> str:
         """Adds an initializer of a type of 4 or 2 bits, two or four codes a byte, the first in the lowest bits."""

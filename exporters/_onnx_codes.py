@@ -1,9 +1,9 @@
 """Weights, biases and activations as integer codes in an ONNX graph: initializers, QuantizeLinear, Clip, DequantizeLinear."""
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from onnx import TensorProto
 from ptq.exporters._onnx_builder import Builder
@@ -13,13 +13,13 @@ from ptq.quant.affine import QParams, along_axis
 from ptq.quant.fake_quant import integer_codes
 
 
-def weight_of(b: Builder, node: fx.Node, transpose: bool = False) -> str:
+def weight_of(b: Builder, node: fx.Node, transpose: bool = False, filled: bool = False) -> str:
     """The layer's weight in float: integer codes and DequantizeLinear, or float where it is not quantized.
 
     Codes of up to four bits are stored as INT4 and widened by Cast: onnxruntime folds the Cast and runs its 8-bit kernels,
     which it does not do for INT4 behind DequantizeLinear itself. Of narrow weights with zero points the difference, which fits
     a byte, is taken before, and folded too: onnxruntime's kernels for weights with a zero point per channel are slower, that of
-    depthwise convolutions by a factor of a hundred.
+    depthwise convolutions by a factor of a hundred. filled: a convolution reads one channel more, see `add_channel`.
     """
     path, layer = str(node.target), b.module(node)
     held = integer_codes(layer, "weight")
@@ -30,7 +30,10 @@ def weight_of(b: Builder, node: fx.Node, transpose: bool = False) -> str:
     codes = codes.T if transpose else codes
     axis = 1 if transpose else 0
     zero_points = along_axis(q.zero_point, codes.ndim, axis).cpu().numpy()
-    width = b.profile.weight_width(q.spec)
+    if filled:
+        zeros = np.broadcast_to(zero_points, (len(codes), 1, *codes.shape[2:]))
+        codes = np.concatenate([codes, zeros.astype(codes.dtype)], axis=1)
+    width, compact = b.profile.weight_width(q.spec), _is_compact(b, q)
     if width < 8:
         packed = b.packed(f"{path}.weight.int{width}", codes, width)
         if b.profile.weights == "packed":
@@ -38,20 +41,40 @@ def weight_of(b: Builder, node: fx.Node, transpose: bool = False) -> str:
             zero = b.packed(f"{path}.weight.zero_point", q.zero_point.cpu().numpy(), width)
             return b.add("DequantizeLinear", [packed, scale, zero], f"{path}.weight", axis=axis)
         if q.zero_point.any():
-            packed = _difference(b, f"{path}.weight", packed, zero_points, width)
+            packed = _difference(b, f"{path}.weight", packed, zero_points, width, compact)
             q = _unshifted(q)
-        stored = b.add("Cast", [packed], f"{path}.weight.codes", to=TensorProto.INT8)
+        stored = b.add("Cast", [packed], f"{path}.weight.codes", named=not compact, to=TensorProto.INT8)
     else:
         if q.spec.bits < 8:
             codes, q = codes - zero_points, _unshifted(q)
         stored = b.constant(f"{path}.weight.codes", codes.astype(np.int8))
-    return _dequantize(b, stored, f"{path}.weight", q, np.int8, axis=axis)
+    inputs = [stored, _scale(b, f"{path}.weight.scale", q, compact)]
+    # onnxruntime's fusion of a Gemm wants zero points that are 0 as well; that of a Conv does without them.
+    if not compact or codes.ndim == 2:
+        inputs.append(b.constant(f"{path}.weight.zero_point", q.zero_point.cpu().numpy().astype(np.int8)))
+    return b.add("DequantizeLinear", inputs, f"{path}.weight", named=not compact, axis=axis)
 
 
-def _difference(b: Builder, name: str, packed: str, zero: np.ndarray, width: int) -> str:
+def _is_compact(b: Builder, q: QParams) -> bool:
+    """Whether what belongs to a weight of such a grid is stored in as few bytes as can be."""
+    return b.profile.compact and b.profile.weight_width(q.spec) < 8
+
+
+def _scale(b: Builder, name: str, q: QParams, compact: bool) -> str:
+    """A weight's scales; in a compact file in half precision, if it holds them exactly."""
+    scale = q.scale.detach().cpu().numpy()
+    with np.errstate(over="ignore"):
+        half = scale.astype(np.float16)
+    if not compact or (half != scale).any():
+        return b.constant(name, scale)
+    return b.add("Cast", [b.constant(name, half)], name, named=False, to=TensorProto.FLOAT)
+
+
+def _difference(b: Builder, name: str, packed: str, zero: np.ndarray, width: int, compact: bool) -> str:
     """Codes less their zero points, both stored with `width` bits, as int32."""
     stored = (packed, b.packed(f"{name}.offset", zero, width))
-    return b.add("Sub", [b.add("Cast", [s], f"{s}.wide", to=TensorProto.INT32) for s in stored], f"{name}.difference")
+    wide = [b.add("Cast", [s], f"{s}.wide", named=not compact, to=TensorProto.INT32) for s in stored]
+    return b.add("Sub", wide, f"{name}.difference", named=not compact)
 
 
 def _unshifted(q: QParams) -> QParams:
@@ -59,23 +82,26 @@ def _unshifted(q: QParams) -> QParams:
     return replace(q, zero_point=torch.zeros_like(q.zero_point))
 
 
-def bias_of(b: Builder, node: fx.Node) -> list[str]:
-    """The layer's bias, as a list of no or one tensor; int32 codes where it is quantized."""
+def bias_of(b: Builder, node: fx.Node, x: str, weight: str) -> list[str]:
+    """The layer's bias, as a list of no or one tensor; int32 codes where it is quantized. x, weight: what else the layer reads."""
     path, layer = str(node.target), b.module(node)
     if layer.bias is None:
         return []
-    held = integer_codes(layer, "bias")
-    if held is None or b.profile.biases == "float":
+    held, grid = integer_codes(layer, "bias"), integer_codes(layer, "weight")
+    if held is None or grid is None or b.profile.biases == "float":
         return [b.constant(f"{path}.bias", layer.bias.detach().cpu().numpy())]
-    codes = b.constant(f"{path}.bias.codes", held[0].cpu().numpy().astype(np.int32))
-    return [_dequantize(b, codes, f"{path}.bias", held[1], None, axis=0)]
-
-
-def _dequantize(b: Builder, codes: str, output: str, q: QParams, zero_type: Any, axis: int) -> str:
-    inputs = [codes, b.constant(f"{output}.scale", q.scale.detach().cpu().numpy())]
-    if zero_type is not None:  # int32 codes have none by the standard; for weights onnxruntime's Gemm fusion wants it
-        inputs.append(b.constant(f"{output}.zero_point", q.zero_point.cpu().numpy().astype(zero_type)))
-    return b.add("DequantizeLinear", inputs, output, axis=axis)
+    codes, scale, compact = held[0].cpu().numpy(), held[1].scale.detach().cpu().numpy(), _is_compact(b, grid[1])
+    if compact and np.abs(codes).max() < 2**15:
+        stored = b.constant(f"{path}.bias.codes", codes.astype(np.int16))
+        stored = b.add("Cast", [stored], stored, named=False, to=TensorProto.INT32)
+    else:
+        stored = b.constant(f"{path}.bias.codes", codes.astype(np.int32))
+    factors = [n.input[1] for n in (dequantized(b, x), dequantized(b, weight)) if n is not None]
+    if compact and len(factors) == 2 and (b.value(factors[0]) * grid[1].scale.detach().cpu().numpy() == scale).all():
+        steps = b.add("Mul", factors, f"{path}.bias.scale", named=False)
+    else:
+        steps = b.constant(f"{path}.bias.scale", scale)
+    return [b.add("DequantizeLinear", [stored, steps], f"{path}.bias", named=not compact, axis=0)]
 
 
 def quantize_value(b: Builder, x: str, name: str, q: QParams, bounds: tuple[int, int]) -> str:
@@ -105,3 +131,17 @@ def quantize_value(b: Builder, x: str, name: str, q: QParams, bounds: tuple[int,
         ends = [b.constant(f"{name}.{k}", np.array(v, dtype=np.float32)) for k, v in zip(("low", "high"), real)]
         codes = b.add("QuantizeLinear", [b.add("Clip", [x, *ends], f"{name}.clipped"), scale, zero], f"{name}.codes")
     return b.add("DequantizeLinear", [codes, scale, zero], name)
+
+
+def dequantized(b: Builder, x: str) -> onnx.NodeProto | None:
+    """The DequantizeLinear that a tensor comes from, if it comes from one."""
+    return next((n for n in reversed(b.nodes) if n.output[0] == x and n.op_type == "DequantizeLinear"), None)
+
+
+def add_channel(b: Builder, source: onnx.NodeProto) -> str:
+    """What a DequantizeLinear yields `[N, C, H, W]`, with one channel more, all zero."""
+    (codes, scale, zero), name = source.input, f"{source.output[0]}.filled"
+    if dequantized(b, name) is not None:  # by another convolution
+        return name
+    ends = b.constant(f"{name}.pads", np.array([0, 0, 0, 0, 0, 1, 0, 0], dtype=np.int64))
+    return b.add("DequantizeLinear", [b.add("Pad", [codes, ends, zero], f"{name}.codes"), scale, zero], name)

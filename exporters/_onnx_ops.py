@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from ptq.exporters._onnx_builder import Builder
-from ptq.exporters._onnx_codes import bias_of, weight_of
+from ptq.exporters._onnx_codes import add_channel, bias_of, dequantized, weight_of
 from ptq.exporters._onnx_region import float_region, region
 from torch import Tensor, fx, nn
 
@@ -15,6 +15,9 @@ from ptq.graph.insert import quantizer_of
 from ptq.graph.ops import find_op, is_global_mean, is_read_as_float
 from ptq.graph.runtime_functions import resize_scale, window_weights
 from ptq.quant.fake_quant import integer_codes
+
+# What a Conv does where its attributes do not say otherwise.
+_UNSAID = {"strides": [1, 1], "dilations": [1, 1], "group": 1, "pads": [0, 0, 0, 0]}
 
 
 def absorbed_pad(gm: fx.GraphModule, node: fx.Node) -> bool:
@@ -33,12 +36,17 @@ def _conv(b: Builder, node: fx.Node, out: str) -> str:
         left, right, top, bottom = (*b.module(source).pads, 0, 0)[:4]
         source = source.all_input_nodes[0]
     ph, pw = m.padding
-    inputs = [b.names[source], weight_of(b, node), *bias_of(b, node)]
-    return _add(
-        b, "Conv", inputs, out, kept=_stays_float(b, node),
-        kernel_shape=list(m.kernel_size), strides=list(m.stride), dilations=list(m.dilation), group=m.groups,
-        pads=[top + ph, left + pw, bottom + ph, right + pw],
-    )  # fmt: skip
+    x = b.names[source]
+    kept, held = _stays_float(b, node), dequantized(b, x)
+    filled = b.profile.fill_channels and held is not None and not kept and m.groups == 1 and m.in_channels % 4 == 3
+    weight = weight_of(b, node, filled=filled)
+    inputs = [add_channel(b, held) if filled else x, weight, *bias_of(b, node, x, weight)]
+    given = {
+        "strides": list(m.stride), "dilations": list(m.dilation), "group": m.groups,
+        "pads": [top + ph, left + pw, bottom + ph, right + pw],
+    }  # fmt: skip
+    told = {key: value for key, value in given.items() if value != _UNSAID[key]}
+    return _add(b, "Conv", inputs, out, kept=kept, kernel_shape=list(m.kernel_size), **told)
 
 
 def _add(b: Builder, op: str, inputs: list[str], out: str, *, kept: bool, **attributes: Any) -> str:
@@ -60,10 +68,11 @@ def _stays_float(b: Builder, node: fx.Node) -> bool:
 def _linear(b: Builder, node: fx.Node, out: str) -> str:
     x = b.inputs(node)[0]
     if len(node.meta["shape"]) == 1:
-        inputs = [x, weight_of(b, node), *bias_of(b, node)]
-        return _add(b, "Gemm", inputs, out, kept=_stays_float(b, node), transB=1)
-    bias = bias_of(b, node)
-    product = b.add("MatMul", [x, weight_of(b, node, transpose=True)], f"{out}.product" if bias else out)
+        weight = weight_of(b, node)
+        return _add(b, "Gemm", [x, weight, *bias_of(b, node, x, weight)], out, kept=_stays_float(b, node), transB=1)
+    weight = weight_of(b, node, transpose=True)
+    bias = bias_of(b, node, x, weight)
+    product = b.add("MatMul", [x, weight], f"{out}.product" if bias else out)
     return b.add("Add", [product, *bias], out) if bias else product
 
 
@@ -95,15 +104,13 @@ def _global_mean(b: Builder, node: fx.Node, out: str) -> str:
     formed, it is exact."""
     held = quantizer_of(b.gm, node.all_input_nodes[0].meta["value"]) if is_read_as_float(b.gm, node) else None
     (source,) = b.inputs(node)
-    if held is None:
+    dequantize = None if held is None else dequantized(b, source)
+    if dequantize is None:
         return b.add("GlobalAveragePool", [source], out)
-    dequantize = next(n for n in reversed(b.nodes) if n.output[0] == source)
-    if len(node.all_input_nodes[0].users) == 1:
-        b.nodes.remove(dequantize)  # nobody reads it any more
+    codes, scale, zero = dequantize.input
     one = b.constant("float.one", np.array(1, dtype=np.float32))
-    codes = b.add("DequantizeLinear", [dequantize.input[0], one, dequantize.input[2]], f"{out}.whole")
-    mean = b.add("GlobalAveragePool", [codes], f"{out}.mean")
-    return b.add("Mul", [mean, dequantize.input[1]], out)
+    whole = b.add("DequantizeLinear", [codes, one, zero], f"{out}.whole")
+    return b.add("Mul", [b.add("GlobalAveragePool", [whole], f"{out}.mean"), scale], out)
 
 
 def _pad(b: Builder, node: fx.Node, out: str) -> str:
@@ -176,8 +183,9 @@ def _conv_transpose(b: Builder, node: fx.Node, out: str) -> str:
     """In float, with a sum of one tensor behind it; see `_stays_float`."""
     m = b.module(node)
     (ph, pw), (eh, ew) = m.padding, m.output_padding
+    (x,), weight = b.inputs(node), weight_of(b, node)
     done = b.add(
-        "ConvTranspose", [*b.inputs(node), weight_of(b, node), *bias_of(b, node)], f"{out}.float",
+        "ConvTranspose", [x, weight, *bias_of(b, node, x, weight)], f"{out}.float",
         kernel_shape=list(m.kernel_size), strides=list(m.stride), dilations=list(m.dilation), group=m.groups,
         pads=[ph, pw, ph, pw], output_padding=[eh, ew],
     )  # fmt: skip

@@ -4,7 +4,8 @@
 
 Every quantized tensor passes through one such pair; a ReLU or ReLU6 is part of the clipping, exactly, because rounding is
 monotone: Q(min(max(x, 0), 6)) = min(max(Q(x), Q(0)), Q(6)). Weights are integer initializers, biases int32 on the
-accumulator's grid. Opset 21, or 25 where a target takes types of 2 bits; the batch size is free.
+accumulator's grid, stored smaller where `Profile.compact` says so. Opset 21, or 25 where a target takes types of 2 bits; the
+batch size is free.
 """
 
 from collections.abc import Iterator
@@ -136,13 +137,19 @@ def _build(qm: QuantizedModel, profile: Profile, opset: int, ir: int) -> onnx.Mo
     if b.names[result] != "output":
         b.add("Identity", [b.names[result]], "output")
     graph = helper.make_graph(
-        b.nodes, "ptq",
+        _read(b.nodes), "ptq",
         [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["N", *source.meta["shape"]])],
         [helper.make_tensor_value_info("output", TensorProto.FLOAT, ["N", *result.meta["shape"]])],
         list(b.initializers.values()),
     )  # fmt: skip
     opsets = [helper.make_opsetid("", opset)]
     return helper.make_model(graph, opset_imports=opsets, producer_name="ptq", ir_version=ir)
+
+
+def _read(nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """The nodes without those DequantizeLinear that nobody reads: whoever would have has taken the codes themselves."""
+    read = {"output", *(name for n in nodes for name in n.input)}
+    return [n for n in nodes if n.op_type != "DequantizeLinear" or n.output[0] in read]
 
 
 def _emit(b: Builder, plan: QuantPlan, node: fx.Node, out: str) -> None:

@@ -38,6 +38,15 @@ def along_axis(values: Tensor, ndim: int, axis: int | None) -> Tensor:
     return values.reshape(shape)
 
 
+def stored_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
+    """The scales of weights as they are stored: of fewer than 8 bits, rounded to half precision (11 significant bits), in which files
+    and accelerators hold them beside such weights. What its normal numbers do not reach stays what it is."""
+    if spec.bits >= 8:
+        return scale
+    half = torch.finfo(torch.float16)
+    return torch.where((scale >= half.tiny) & (scale <= half.max), scale.half().float(), scale)
+
+
 def quantize(x: Tensor, q: QParams) -> Tensor:
     """Integer codes of `x` (int32, same shape)."""
     s = along_axis(q.scale, x.ndim, q.spec.axis)

@@ -4,11 +4,13 @@
 or `nn.Linear`; `ActFakeQuant` is a module on a value of the graph.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ptq.quant.affine import QParams, dequantize, fake_quantize, quantize
+from ptq.quant.affine import QParams, dequantize, fake_quantize, quantize, stored_scale
 from ptq.quant.masks import random_mask
 from ptq.spec import QuantSpec
 
@@ -125,8 +127,12 @@ def swap(layer: nn.Module, name: str, module: nn.Module, original: Tensor | None
 
 
 def store_integer(layer: nn.Module, name: str, codes: Tensor, q: QParams) -> None:
-    """Stores `layer.<name>` as integer codes, int8 (weights) or int32 (biases); reading it then dequantizes them."""
-    swap(layer, name, Dequantize(q), codes.to(torch.int32 if name == "bias" else torch.int8))
+    """Stores `layer.<name>` as integer codes, int8 (weights, with `stored_scale`) or int32 (biases); reading it then dequantizes
+    them."""
+    if name == "weight":
+        swap(layer, name, Dequantize(replace(q, scale=stored_scale(q.scale, q.spec))), codes.to(torch.int8))
+    else:
+        swap(layer, name, Dequantize(q), codes.to(torch.int32))
 
 
 def bias_params(input_scale: Tensor, weight_scale: Tensor) -> QParams:

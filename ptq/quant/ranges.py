@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ptq.errors import SpecError
-from ptq.quant.affine import QParams, fake_quantize
+from ptq.quant.affine import QParams, fake_quantize, stored_scale
 from ptq.spec import QuantSpec
 
 Estimator = Callable[[Tensor, QuantSpec, Tensor | None], QParams]
@@ -70,6 +70,7 @@ def _finish(scale: Tensor, zero: Tensor, reach: Tensor, spec: QuantSpec) -> QPar
     alive = (reach > _DEAD * reach.max()) & (scale > 0)
     ordinary = scale[alive].median() if bool(alive.any()) else scale.new_tensor(1.0)
     scale = torch.where(alive, scale, ordinary).float()
+    scale = scale if spec.axis is None else stored_scale(scale, spec)
     zero = torch.where(alive, zero, zero.clamp(0, 0)).to(torch.int32)
     return QParams(scale if spec.axis is not None else scale[0], zero if spec.axis is not None else zero[0], spec)
 

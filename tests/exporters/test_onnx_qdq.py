@@ -103,17 +103,79 @@ def test_clamps_are_part_of_the_clipping(quantized, tmp_path):
         assert "Relu" not in {kind for kind, _ in kinds}
 
 
-def test_weights_are_packed_and_biases_int32(quantized, tmp_path):
+def _initializers(path):
+    return {t.name: t for t in onnx.load(path).graph.initializer}
+
+
+@pytest.mark.parametrize(
+    ("target", "bits", "scale", "bias"),
+    [
+        ("ort", "w4a4", TensorProto.FLOAT16, TensorProto.INT16),
+        ("ort", "w8a8", TensorProto.FLOAT, TensorProto.INT32),
+        ("native", "w4a4", TensorProto.FLOAT, TensorProto.INT32),
+    ],
+)
+def test_weights_are_packed_and_narrow_layers_are_compact(target, bits, scale, bias, quantized, tmp_path):
     path = tmp_path / "m.onnx"
-    qm = quantized("residual", "w4a4")
-    ptq.export(qm, "onnx_qdq", path, images=images()[:8])
-    held = {t.name: t for t in onnx.load(path).graph.initializer}
-    codes, _ = qm.integer_weights()["layers.0.conv1"]
-    packed = held["layers.0.conv1.weight.int4"]
-    assert packed.data_type == TensorProto.INT4 and len(packed.raw_data) == codes.numel() // 2
-    assert np.array_equal(numpy_helper.to_array(packed).astype(np.int32), codes.numpy())
-    assert held["layers.0.conv1.bias.codes"].data_type == TensorProto.INT32
+    qm = quantized("residual", bits)
+    proof = ptq.export(qm, f"onnx_qdq:profile={target}", path, images=images()[:8])
+    assert proof["passed"]
+    held, layer = _initializers(path), "layers.0.conv1"
+    codes, q = qm.integer_weights()[layer]
+    if bits == "w4a4":
+        packed = held[f"{layer}.weight.int4"]
+        assert packed.data_type == TensorProto.INT4 and len(packed.raw_data) == codes.numel() // 2
+        assert np.array_equal(numpy_helper.to_array(packed).astype(np.int32), codes.numpy())
+    assert held[f"{layer}.weight.scale"].data_type == scale and held[f"{layer}.bias.codes"].data_type == bias
+    assert np.array_equal(numpy_helper.to_array(held[f"{layer}.weight.scale"]).astype(np.float32), q.scale.numpy())
+    assert (f"{layer}.bias.scale" in held) == (scale == TensorProto.FLOAT)
     assert not [t.name for t in held.values() if t.data_type == TensorProto.FLOAT and len(t.dims) > 1]
+
+
+def test_what_16_bits_do_not_hold_stays_wide(tmp_path):
+    """A channel with a tiny scale, and a bias of more than 32,767 steps."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(1152, 10))
+    with torch.no_grad():
+        net[0].weight[0].mul_(1e-3)
+        net[2].bias[0] = 3e3
+    qm = ptq.quantize(net.eval(), "w4a4e4", images(), input_shape=SHAPE, rounding="nearest")
+    proof = ptq.export(qm, "onnx_qdq", tmp_path / "m.onnx", images=images()[:8])
+    assert proof["passed"] and proof["float_layers"] == []
+    held = _initializers(tmp_path / "m.onnx")
+    scales, biases = (
+        {n: t.data_type for n, t in held.items() if n.endswith(end)} for end in ("weight.scale", "bias.codes")
+    )
+    assert TensorProto.FLOAT in scales.values() and TensorProto.FLOAT16 in scales.values()
+    assert TensorProto.INT32 in biases.values() and TensorProto.INT16 in biases.values()
+
+
+@pytest.mark.parametrize("bits", ["w8a8", "w4a4e4"])
+def test_convolutions_of_three_channels_read_a_fourth(bits, tmp_path):
+    """onnxruntime's kernels take twice as long for three. One Pad serves both convolutions; its zeros are zero points."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3, bias=False)
+            self.c, self.fc = nn.Conv2d(8, 6, 1, groups=2), nn.Linear(6, 10)
+
+        def forward(self, x):
+            return self.fc(self.c(F.relu(self.a(x)) + F.relu(self.b(x))).mean((2, 3)))
+
+    asymmetric = {"weights": "asymmetric"} if bits == "w4a4e4" else {}
+    qm = ptq.quantize(Twice().eval(), bits, images(), input_shape=SHAPE, rounding="nearest", **asymmetric)
+    proof = ptq.export(qm, "onnx_qdq", tmp_path / "m.onnx")
+    assert proof["passed"] and proof["differing_outputs"] == 0 and proof["float_operations"] == []
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    (pad,) = (n for n in graph.node if n.op_type == "Pad")
+    shapes = {t.name: list(t.dims) for t in graph.initializer}
+    part = "codes" if bits == "w8a8" else "int4"
+    assert [shapes[f"{layer}.weight.{part}"][1] for layer in "abc"] == [4, 4, 4]  # c has two groups of 4
+    read = {name for n in graph.node for name in n.input}
+    assert pad.input[0] in read and all(set(n.output) <= read | {"output"} for n in graph.node)  # nothing for nobody
+    ptq.export(qm, "onnx_qdq:profile=native", tmp_path / "n.onnx")
+    assert "Pad" not in {n.op_type for n in onnx.load(tmp_path / "n.onnx").graph.node}
 
 
 @pytest.mark.parametrize("bits", ("w4a4e4", "w6a8e6"))

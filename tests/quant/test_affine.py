@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptq.quant.affine import QParams, along_axis, dequantize, fake_quantize, quantize
+from ptq.quant.affine import QParams, along_axis, dequantize, fake_quantize, quantize, stored_scale
 from ptq.spec import QuantSpec
 
 # Every bit width, signed and unsigned, with and without zero point, per tensor and per channel.
@@ -189,3 +189,13 @@ def test_what_comes_in_bfloat16_is_quantized_in_float32():
     out.sum().backward()
     assert out.dtype == torch.float32 and torch.equal(out, fake_quantize(x.detach().float(), q))
     assert x.grad is not None and bool((x.grad == 1).all())  # all of them are inside
+
+
+def test_scales_of_narrow_weights_are_numbers_of_half_precision():
+    scale = torch.tensor([0.1, 1 / 3, 7e-5, 6.1e-5, 1e-9, 6.6e4, 1e30])
+    kept = stored_scale(scale, QuantSpec(4, True, True, axis=0))
+    assert torch.equal(kept[:3].half().float(), kept[:3])
+    torch.testing.assert_close(kept[:3], scale[:3], rtol=2**-11, atol=0)
+    assert torch.equal(kept[3:], scale[3:])  # beyond its normal numbers
+    assert torch.equal(stored_scale(kept, QuantSpec(4, True, True, axis=0)), kept)
+    assert torch.equal(stored_scale(scale, QuantSpec(8, True, True, axis=0)), scale)
