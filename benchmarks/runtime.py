@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import ptq
 
-WIDTHS = ("w8a8", "w4a8", "w4a4")
+WIDTHS = ("w8a8", "w4a8", "w4a4", "w4a4e4")
 KEYS = ("network", "size", "threads", "batch")
 FIGURES = ("file", "ms", "times_float32", "times_static", "bytes", "bytes_of_float32")
 
