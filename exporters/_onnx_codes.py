@@ -61,11 +61,11 @@ def _is_compact(b: Builder, q: QParams) -> bool:
 
 
 def _scale(b: Builder, name: str, q: QParams, compact: bool) -> str:
-    """A weight's scales; in a compact file in half precision, if it holds them exactly."""
+    """A weight's scales; in a compact file in half precision, if its normal numbers hold them exactly."""
     scale = q.scale.detach().cpu().numpy()
     with np.errstate(over="ignore"):
         half = scale.astype(np.float16)
-    if not compact or (half != scale).any():
+    if not compact or (half != scale).any() or (half < np.finfo(np.float16).tiny).any():
         return b.constant(name, scale)
     return b.add("Cast", [b.constant(name, half)], name, named=False, to=TensorProto.FLOAT)
 
@@ -145,3 +145,18 @@ def add_channel(b: Builder, source: onnx.NodeProto) -> str:
         return name
     ends = b.constant(f"{name}.pads", np.array([0, 0, 0, 0, 0, 1, 0, 0], dtype=np.int64))
     return b.add("DequantizeLinear", [b.add("Pad", [codes, ends, zero], f"{name}.codes"), scale, zero], name)
+
+
+def multiplied_out(b: Builder, weight: str) -> str:
+    """A weight in float that no runtime takes for codes: Cast and Mul in place of its DequantizeLinear, where it comes from one.
+
+    onnxruntime 1.32 makes a MatMulNBits of a DequantizeLinear and a MatMul, and that rounds what it multiplies to 8 bits.
+    """
+    source = dequantized(b, weight)
+    if source is None or b.profile.literal:
+        return weight
+    parts = [
+        b.add("Cast", [name], f"{name}.float", to=TensorProto.FLOAT) for name in (source.input[0], *source.input[2:])
+    ]
+    whole = parts[0] if len(parts) == 1 else b.add("Sub", parts, f"{weight}.whole")
+    return b.add("Mul", [whole, source.input[1]], f"{weight}.real")

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from ptq.exporters._onnx_builder import Builder
-from ptq.exporters._onnx_codes import add_channel, bias_of, dequantized, weight_of
+from ptq.exporters._onnx_codes import add_channel, bias_of, dequantized, multiplied_out, weight_of
 from ptq.exporters._onnx_region import float_region, region
 from torch import Tensor, fx, nn
 
@@ -38,7 +38,7 @@ def _conv(b: Builder, node: fx.Node, out: str) -> str:
     ph, pw = m.padding
     x = b.names[source]
     kept, held = _stays_float(b, node), dequantized(b, x)
-    filled = b.profile.fill_channels and held is not None and not kept and m.groups == 1 and m.in_channels % 4 == 3
+    filled = b.profile.fill_channels and held is not None and not kept and m.groups == 1 and m.in_channels == 3
     weight = weight_of(b, node, filled=filled)
     inputs = [add_channel(b, held) if filled else x, weight, *bias_of(b, node, x, weight)]
     given = {
@@ -72,6 +72,8 @@ def _linear(b: Builder, node: fx.Node, out: str) -> str:
         return _add(b, "Gemm", [x, weight, *bias_of(b, node, x, weight)], out, kept=_stays_float(b, node), transB=1)
     weight = weight_of(b, node, transpose=True)
     bias = bias_of(b, node, x, weight)
+    if dequantized(b, x) is None:
+        weight = multiplied_out(b, weight)
     product = b.add("MatMul", [x, weight], f"{out}.product" if bias else out)
     return b.add("Add", [product, *bias], out) if bias else product
 

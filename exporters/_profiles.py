@@ -22,8 +22,8 @@ class Profile:
     zero_points: whether activations may have some other than the container's least value or 0. symmetric_weights: whether
     weights may not. power_of_two: whether scales must be. literal: whether its files are verified as they are written,
     without onnxruntime's optimizations, which break on them (signed codes before a max pool; types of 4 and 2 bits). placement, ties:
-    which tensors have codes, and which share a grid, see `PlanRules`. fill_channels: whether a convolution of three channels (or
-    of one less than another multiple of four) reads one more, of zeros: onnxruntime's kernels are up to twice as fast then.
+    which tensors have codes, and which share a grid, see `PlanRules`. fill_channels: whether a convolution of three channels
+    reads a fourth, of zeros: onnxruntime's kernels are up to twice as fast then (for 7, 11, 15 … the Pad would cost more).
     compact: whether scales and biases of layers with narrow weights are stored in 16 bits, and what follows from others is computed
     in the file, once, as onnxruntime does when it opens it.
     """
