@@ -20,7 +20,7 @@ from ptq.errors import ReconstructionError
 from ptq.graph.blocks import split
 from ptq.graph.insert import fake_quantize_bias, round_bias
 from ptq.graph.ops import output_node, values_of, weighted_nodes
-from ptq.quant.affine import QParams, along_axis, fake_quantize, quantize
+from ptq.quant.affine import QParams, along_axis, fake_quantize, quantize, stored_scale
 from ptq.quant.fake_quant import FloatBias, integer_codes, store_integer, swap, weight_grid
 from ptq.training import Training
 
@@ -42,8 +42,9 @@ class _Trained(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """s, per channel: exactly what it was until it is trained."""
-        return self.first_scale * (self.step / self.first_step).clamp_min(_LEAST)  # type: ignore[operator]
+        """s, per channel, as it will be stored, the gradient straight through: exactly what it was until it is trained."""
+        s: Tensor = self.first_scale * (self.step / self.first_step).clamp_min(_LEAST)  # type: ignore[operator, assignment]
+        return s + (stored_scale(s, self.spec) - s).detach()
 
     @property
     def qparams(self) -> QParams:
