@@ -206,7 +206,7 @@ def _quantize_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--precision", choices=PRECISIONS,
         help="in which rounding is trained: float32, bfloat16 for blocks whose weights have at most 4 bits, or auto, the latter on "
-        "CPUs that are faster with it; default auto",
+        "CPUs with AMX; default auto",
     )  # fmt: skip
     p.add_argument(
         "--rounding", help="genie_m, qdrop, brecq, adaround or nearest, with options likewise; default genie_m"

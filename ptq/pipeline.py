@@ -104,7 +104,7 @@ def quantize(
         cache: folder that keeps finished batches of images, blocks and epochs; a run that was interrupted goes on from there.
         cache_memory: gigabytes of host memory for what blocks see, the rest goes to disk; default: a quarter of what is free.
         precision: in which rounding is trained: "float32", "bfloat16" for blocks whose weights have at most 4 bits, or "auto",
-            the latter on CPUs that are faster with it.
+            the latter on CPUs with AMX.
         feedback: where progress and notes go.
 
     Returns:
