@@ -90,18 +90,25 @@ def bias_of(b: Builder, node: fx.Node, x: str, weight: str) -> list[str]:
     held, grid = integer_codes(layer, "bias"), integer_codes(layer, "weight")
     if held is None or grid is None or b.profile.biases == "float":
         return [b.constant(f"{path}.bias", layer.bias.detach().cpu().numpy())]
-    codes, scale, compact = held[0].cpu().numpy(), held[1].scale.detach().cpu().numpy(), _is_compact(b, grid[1])
+    codes, compact = held[0].cpu().numpy(), _is_compact(b, grid[1])
     if compact and np.abs(codes).max() < 2**15:
         stored = b.constant(f"{path}.bias.codes", codes.astype(np.int16))
         stored = b.add("Cast", [stored], stored, named=False, to=TensorProto.INT32)
     else:
         stored = b.constant(f"{path}.bias.codes", codes.astype(np.int32))
+    scale, steps = held[1].scale.detach().cpu().numpy(), None
+    if compact:
+        steps = _product(b, x, weight, grid[1].scale.detach().cpu().numpy(), scale)
+    inputs = [stored, steps or b.constant(f"{path}.bias.scale", scale)]
+    return [b.add("DequantizeLinear", inputs, f"{path}.bias", named=not compact, axis=0)]
+
+
+def _product(b: Builder, x: str, weight: str, weight_scale: np.ndarray, wanted: np.ndarray) -> str | None:
+    """The steps of the accumulator, computed in the file from the scales of what a layer reads; None if that is not `wanted`."""
     factors = [n.input[1] for n in (dequantized(b, x), dequantized(b, weight)) if n is not None]
-    if compact and len(factors) == 2 and (b.value(factors[0]) * grid[1].scale.detach().cpu().numpy() == scale).all():
-        steps = b.add("Mul", factors, f"{path}.bias.scale", named=False)
-    else:
-        steps = b.constant(f"{path}.bias.scale", scale)
-    return [b.add("DequantizeLinear", [stored, steps], f"{path}.bias", named=not compact, axis=0)]
+    if len(factors) < 2 or (b.value(factors[0]) * weight_scale != wanted).any():
+        return None
+    return b.add("Mul", factors, "", named=False)
 
 
 def quantize_value(b: Builder, x: str, name: str, q: QParams, bounds: tuple[int, int]) -> str:
