@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from importlib.metadata import version
@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, fx
 
-from ptq.errors import ArtifactError, SpecError
+from ptq.errors import ArtifactError, PtqError, SpecError
 from ptq.graph.integer import to_integer
 from ptq.graph.ops import weighted_nodes
 from ptq.graph.plan import QuantPlan
@@ -208,7 +208,7 @@ def check_free(folder: Path, overwrite: bool, mark: str = MANIFEST) -> None:
     mark: the file by which a folder that may be overwritten is known.
     """
     named, folder = folder, _resolved(folder)  # "missing/../here" is here, though the system finds nothing by that name
-    _check_writable(folder)
+    check_writable(folder)
     if folder.is_dir() and not any(folder.iterdir()):
         return
     if folder.exists() and not folder.is_dir():
@@ -226,10 +226,11 @@ def _resolved(path: Path) -> Path:
         raise ArtifactError(f"{path} cannot be written: {e}") from e
 
 
-def _check_writable(folder: Path) -> None:
-    parent = next(p for p in folder.absolute().parents if p.exists())
+def check_writable(path: Path) -> None:
+    """Raises ArtifactError where no file or folder of that name could be made: called before work, so that none is lost."""
+    parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise ArtifactError(f"{folder} cannot be written: no permission in {parent}, or it is no folder")
+        raise ArtifactError(f"{path} cannot be written: no permission in {parent}, or it is no folder")
 
 
 @contextmanager
@@ -270,6 +271,25 @@ def whole_folder(folder: Path, overwrite: bool = False, mark: str = MANIFEST) ->
         shutil.rmtree(old, ignore_errors=True)
 
 
+@contextmanager
+def whole_file(path: Path, error: type[PtqError]) -> Iterator[Path]:
+    """Yields a hidden name to write to; the file takes the name `path` at the end, or vanishes if the body raises.
+
+    Raises:
+        PtqError: `error`, where the system refuses.
+    """
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.replace(path)
+    except OSError as e:
+        raise error(f"{path} cannot be written: {e}") from e
+    finally:
+        with suppress(OSError):  # where there is no such folder, nothing is left either
+            partial.unlink()
+
+
 def free_name(path: Path) -> Path:
     """The first of name-2, name-3, … beside `path` that nothing has."""
     names = (path.with_name(f"{path.name}-{k}") for k in itertools.count(2))
@@ -297,15 +317,9 @@ def write_plan(plan: QuantPlan, path: Path) -> None:
     Raises:
         ArtifactError: it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        text = json.dumps(plan.to_json(), indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps(plan.to_json(), indent=1, ensure_ascii=False) + "\n"
+    with whole_file(path, ArtifactError) as partial:
         partial.write_text(text, encoding="utf-8", errors="replace")
-        partial.replace(path)
-    except OSError as e:
-        raise ArtifactError(f"{path} cannot be written: {e}") from e
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def versions() -> dict[str, str]:

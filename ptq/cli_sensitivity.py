@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ptq.artifact import write_plan
+from ptq.artifact import check_writable, write_plan
 from ptq.cli_images import common, further, sized
 from ptq.errors import SpecError
 from ptq.loading import load_model
@@ -25,10 +25,8 @@ def run_sensitivity(args: argparse.Namespace) -> int:
     options = common(args)
     if (args.bits is None) != (args.output is None):
         raise SpecError("a plan takes both a budget and a file to write, as in --bits auto:size=300KB,a4 -o plan.json")
-    if args.output is not None and args.output.exists() and not args.force:
-        raise SpecError(f"{args.output} exists; name another file or overwrite it with --force")
-    if args.output is not None and not args.output.absolute().parent.is_dir():
-        raise SpecError(f"{args.output} cannot be written: there is no folder {args.output.absolute().parent}")
+    if args.output is not None:
+        _check_file(args.output, args.force)
     model = load_model(args.model, args.arch, trust_pickle=args.trust_pickle)
     with shown(args.quiet or args.json, plain_console(stderr=True)) as feedback:
         found = bit_sensitivity(
@@ -51,6 +49,15 @@ def run_sensitivity(args: argparse.Namespace) -> int:
             f"use it with 'ptq quantize --plan {args.output}'"
         )
     return 0
+
+
+def _check_file(path: Path, overwrite: bool) -> None:
+    """Before work, so that none is lost."""
+    if path.is_dir():
+        raise SpecError(f"{path} is a folder; name the file to write")
+    if path.exists() and not overwrite:
+        raise SpecError(f"{path} exists; name another file or overwrite it with --force")
+    check_writable(path)
 
 
 def _rows(found: BitSensitivity, output: Path | None) -> dict[str, Any]:

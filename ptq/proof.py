@@ -1,7 +1,6 @@
 """`export`: a quantized network as a file, proved to compute what was simulated before it appears."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from ptq import plugins
-from ptq.artifact import MANIFEST, QuantizedModel, proof_record
+from ptq.artifact import MANIFEST, QuantizedModel, proof_record, whole_file
 from ptq.contracts import Exporter, make_rng
 from ptq.errors import ExportError
 from ptq.graph.ops import input_node
@@ -47,18 +46,11 @@ def write_verified(qm: QuantizedModel, exporter: Exporter, path: Path, images: T
     check_target(
         exporter, qm.student, qm.plan, "The network stands as it was quantized: quantize it again with what is missing"
     )
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path, ExportError) as partial:
         exporter.export(qm, partial)
         proof = exporter.verify(qm, partial, proof_images(qm) if images is None else images)
         if not proof["passed"]:
             raise ExportError(f"the exported network does not compute what was simulated: {proof['failure']}")
-        partial.replace(path)
-    except OSError as e:
-        raise ExportError(f"{path} cannot be written: {e}") from e
-    finally:
-        partial.unlink(missing_ok=True)
     return proof
 
 
@@ -88,15 +80,9 @@ def record_proof(path: Path, target: str, proof: dict[str, Any]) -> Path:
         ExportError: it cannot be written.
     """
     record = proof_record(path)
-    partial = record.with_name(f".{record.name}.partial-{os.getpid()}")
-    try:
+    with whole_file(record, ExportError) as partial:
         rows = sealed({"target": target, "proof": proof}, [path])
         partial.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        partial.replace(record)
-    except OSError as e:
-        raise ExportError(f"{record} cannot be written: {e}") from e
-    finally:
-        partial.unlink(missing_ok=True)
     return record
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ptq
-from ptq.artifact import check_written, whole_folder
+from ptq.artifact import check_written, whole_file, whole_folder, write_plan
 from ptq.integrity import sealed
 from tests.zoo import SHAPE, ZOO, build, images
 
@@ -103,6 +103,21 @@ def test_interrupted_writing_leaves_what_was_there(saved, tmp_path):
         raise KeyboardInterrupt
     assert (saved[1] / "manifest.json").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_files_appear_whole_or_not_at_all(saved, tmp_path):
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(KeyboardInterrupt), whole_file(tmp_path / "file", ptq.ArtifactError) as partial:
+        partial.write_text("half")
+        raise KeyboardInterrupt
+    assert (tmp_path / "file").read_text() == "old"
+    with pytest.raises(ptq.ArtifactError, match="cannot be written"):
+        write_plan(saved[0].plan, tmp_path / "file" / "plan.json")
+    with pytest.raises(ptq.ExportError, match="cannot be written"):
+        ptq.export(saved[0], "onnx_qdq", tmp_path / "file" / "model.onnx")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "out"]
+    write_plan(saved[0].plan, tmp_path / "new" / "plan.json")
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["plan.json"]
 
 
 def _edit(folder, change, seal=True):

@@ -115,6 +115,8 @@ def test_command_writes_a_plan_that_quantize_takes(tmp_path, capsys):
     shown = json.loads(capsys.readouterr().out)
     assert shown["plan"]["bytes"] <= 4000 and {c["bits"] for c in shown["costs"]} == {2, 8}
     assert main(args) == 2 and "exists" in capsys.readouterr().err
+    assert main([*args[:-1], str(tmp_path), "--force"]) == 2 and "is a folder" in capsys.readouterr().err
+    assert main([*args[:-1], str(plan / "p.json")]) == 2 and "cannot be written" in capsys.readouterr().err
     quick = ["--rounding", "nearest", "--effort", "quick", "--quiet", "-o", str(out)]
     assert main(["quantize", *network, "--plan", str(plan), *quick]) == 0
     assert json.loads((out / "plan.json").read_text()) == json.loads(plan.read_text())
